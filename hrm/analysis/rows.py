@@ -57,20 +57,28 @@ def in_processes(count: int) -> Generator[None]:
         _PROCESSES.reset(before)
 
 
-def searched(spaces: Iterable[Space], on_point: OnPoint) -> Iterator[tuple[Space, SearchResult]]:
-    """Every space with the best that was found in it, unbounded; `on_point` is called when its row has been made."""
-    left = list(spaces)
+def searched(
+    spaces: Iterable[Space], on_point: OnPoint, *, each_s: float = 0.0
+) -> Iterator[tuple[Space, SearchResult]]:
+    """Every space with the best that was found in it, unbounded; `on_point` is called when its row has been made.
+
+    A search is expected to take `each_s`; if that is not known, the first one tells.
+    """
+    spaces = list(spaces)
     with ExitStack() as stack:
-        results: Iterator[SearchResult] = map(_best, left)
-        for index, space in enumerate(left):
-            started_s = time.perf_counter()
-            result, rest = next(results), left[index + 1 :]
-            # The first row tells how long the others will take.
-            if index == 0 and _PROCESSES.get() > 1 and (time.perf_counter() - started_s) * len(rest) > _WORTH_S:
-                results = _divided(rest, stack)
+        for space, result in zip(spaces, _results(spaces, each_s, stack), strict=True):
             yield space, result
             if on_point is not None:
                 on_point()
+
+
+def _results(spaces: Sequence[Space], each_s: float, stack: ExitStack) -> Iterator[SearchResult]:
+    if spaces and not each_s:
+        started_s = time.perf_counter()
+        yield _best(spaces[0])
+        each_s, spaces = time.perf_counter() - started_s, spaces[1:]
+    divide = _PROCESSES.get() > 1 and each_s * len(spaces) > _WORTH_S
+    yield from _divided(spaces, stack) if divide else map(_best, spaces)
 
 
 def _best(space: Space) -> SearchResult:

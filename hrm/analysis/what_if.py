@@ -30,7 +30,7 @@ def what_if(space: Space, *, factor: float = 1.1, on_point: OnPoint = None) -> "
     """
     if not 0 < factor < math.inf or factor == 1:
         raise HrmError("factor", factor, "must be positive and other than 1", "give 1.1 for 10 % more")
-    found = search(space)
+    found = search(space, bounded=False)
     today = found.require()
     rows = [_waiting_row(found, today, space.profile, factor)]
     varied = resources(space.profile)
@@ -40,7 +40,8 @@ def what_if(space: Space, *, factor: float = 1.1, on_point: OnPoint = None) -> "
         replace(machine, known_tokens_per_s=0.0 if kept is None else kept.tokens_per_s)
         for machine, kept in zip(machines, keeping, strict=True)
     ]
-    for resource, kept, (changed, result) in zip(varied, keeping, searched(spaces, on_point), strict=True):
+    changed_searches = searched(spaces, on_point, each_s=found.seconds)
+    for resource, kept, (changed, result) in zip(varied, keeping, changed_searches, strict=True):
         # Nothing is found where today's policy is still as good as any.
         known = [one for one in (kept, result.best) if one is not None]
         best = max(known, key=lambda one: one.tokens_per_s, default=None)

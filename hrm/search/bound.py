@@ -40,7 +40,7 @@ from hrm.search.space import Space
 LARGEST: Final = 2.0**24  # micro-batch size, number of micro-batches
 BUDGET: Final = 16_000  # regions; so many more, up to the second, only as long as they may tell
 LARGEST_BUDGET: Final = 64_000  # whether the best that is known may be called optimal
-ROUND: Final = 1024  # regions that are halved at once
+ROUND: Final = 2048  # regions that are halved at once
 AT_ONCE: Final = 512
 PROGRESS: Final = 0.9  # of the excess over what is known is left at most, if it pays to look at twice as many regions
 CLOSE: Final = 2e-3  # a region that is better by no more is not halved

@@ -86,7 +86,7 @@ def _either(all_used: SearchResult, fewer: SearchResult, gpus: tuple[int, ...]) 
 def _search(space: Space, solver: Solver, runner_ups: int, *, bounded: bool) -> SearchResult:
     """The same with all GPUs of the space."""
     started_s = time.perf_counter()
-    asked = [_Searched.nothing_of(space, *way) for way in ways_of(space)]
+    asked = [_without_hope(_Searched.nothing_of(space, *way), None) for way in ways_of(space)]
     searched: dict[int, _Searched] = {}
     order = sorted(range(len(asked)), key=lambda index: -asked[index].promise()) if len(asked) > 1 else [0]
     for index in order:
@@ -180,7 +180,7 @@ class _Searched:
 
     def promise(self) -> float:
         """About the throughput that a search will find, by which it is decided what is searched first."""
-        return 0.0 if self.part is None else rough(self.part) / self.handicap
+        return 0.0 if self.part is None or self.hopeless else rough(self.part) / self.handicap
 
     @property
     def handicap(self) -> float:
@@ -246,17 +246,26 @@ def ways_of(space: Space) -> tuple[tuple[Parallelism, ExpertDivision], ...]:
 
 def _searched(way: _Searched, solver: Solver, best: _Searched | None) -> _Searched:
     """What is found in one way, where `best` is the best of others: nothing if a bound shows that it is not better."""
-    part = way.part
-    if part is None:
+    if best is not None and best.worth() > way.whole.known_tokens_per_s:
+        way = _without_hope(way, best)
+    if way.part is None or way.hopeless is not None:
         return way
-    worth = max(way.whole.known_tokens_per_s, 0.0 if best is None else best.worth())
-    if worth > 0:
-        way = way.with_spaces(best.found.ranked[0].policy if best is not None and best.found.ranked else None)
-        bound = way.bound(worth, FEW_REGIONS)
-        if bound.tokens_per_s <= worth * way.handicap * (1 + CLOSE):
-            return replace(way, hopeless=bound)
-    found = _found(replace(part, known_tokens_per_s=_known(way, worth)), solver)
+    found = _found(replace(way.part, known_tokens_per_s=_known(way, _worth(way, best))), solver)
     return replace(way, found=found).with_spaces(found.ranked[0].policy if found.ranked else None)
+
+
+def _without_hope(way: _Searched, best: _Searched | None) -> _Searched:
+    """The way, with the bound that shows that it is not better than `best`, the best of others, if one does."""
+    worth = _worth(way, best)
+    if way.part is None or way.hopeless is not None or not worth:
+        return way
+    way = way.with_spaces(best.found.ranked[0].policy if best is not None and best.found.ranked else None)
+    bound = way.bound(worth, FEW_REGIONS)
+    return replace(way, hopeless=bound) if bound.tokens_per_s <= worth * way.handicap * (1 + CLOSE) else way
+
+
+def _worth(way: _Searched, best: _Searched | None) -> float:
+    return max(way.whole.known_tokens_per_s, 0.0 if best is None else best.worth())
 
 
 def _known(way: _Searched, worth: float) -> float:
@@ -274,7 +283,7 @@ def _with_lengths(alike: _Searched, solver: Solver, best: _Searched) -> _Searche
     best way, or if even stages are far behind it.
     """
     space, unequal = alike.whole, bool(alike.whole.profile.gpus)
-    known = best.tokens_per_s
+    known = max(best.tokens_per_s, space.known_tokens_per_s)
     if not unequal and (
         0 < _LENGTHS_GAIN * alike.tokens_per_s < known
         or alike.bound(known, FEW_REGIONS).tokens_per_s <= known * (1 + CLOSE)
