@@ -21,6 +21,7 @@ class Outcome(Enum):
     INTERRUPTED = "interrupted: the best of the policies tried so far"
     INFEASIBLE = "no policy fits, even with one request at a time"
     TOO_SLOW = "policies fit, but none answers within the limits on waiting times"
+    NO_BETTER = "no policy is faster than the one that is known"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def no_advice() -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
-    """The best policy (`best`) and what is next to it; `best` is None if nothing fits.
+    """The best policy (`best`) and what is next to it; `best` is None if nothing fits or is better than what is known.
 
     `solver` is the name of what searched, and `evaluates` says in words what `evaluations` count.
     `greatest_tokens_per_s` is the greatest closed-form throughput that was found. No policy of the
@@ -71,7 +72,7 @@ class SearchResult:
     simulated.
     `ways` are those of dividing the work between several GPUs, the chosen one among them; for a
     single GPU there are none. Where nothing fits, `advice` works out what is lacking and what to
-    change.
+    change; where nothing is better, it says than what.
     """
 
     solver: str

@@ -46,8 +46,8 @@ def search(
     asked for, and the result names all: the most promising first, and none that a bound shows to be no better than
     another. Whole experts must be faster than divided ones by more than a hundredth, as tokens may go to them less
     evenly than plans are told. GPUs that are not all alike are searched without those of some kinds as well. If nothing
-    is possible or fits, the result says so, or if the space is known to hold as good a policy as any; what is only the
-    best that is found, if it need not be `bounded`, takes less time.
+    is possible or fits, or is better than what is known, the result says so; what is only the best that is found, if it
+    need not be `bounded`, takes less time.
     """
     found = _search(space, solver, runner_ups, bounded=bounded)
     for gpus in sets_of_kinds(space.profile):
@@ -71,7 +71,8 @@ def _either(all_used: SearchResult, fewer: SearchResult, gpus: tuple[int, ...]) 
     best = fewer.best and with_gpus(fewer.best)
     ways = ways or [Way(Parallelism.TENSOR, best, gpus=gpus)]
     chosen = all_used
-    if fewer.tokens_per_s > all_used.tokens_per_s * (1 + TIE):
+    is_truer = all_used.best is None and fewer.outcome is Outcome.NO_BETTER
+    if is_truer or fewer.tokens_per_s > all_used.tokens_per_s * (1 + TIE):
         chosen = replace(fewer, best=best, runner_ups=tuple(map(with_gpus, fewer.runner_ups)))
     return replace(
         chosen,
@@ -121,7 +122,8 @@ def _search(space: Space, solver: Solver, runner_ups: int, *, bounded: bool) -> 
         ways=tuple(map(_Searched.told, ways)) if space.profile.num_gpus > 1 else (),
     )
     if result.best is None:
-        return _with_advice(result, space)
+        might_fit = any(way.hopeless is not None and way.hopeless.tokens_per_s > 0 for way in ways)
+        return _not_better(result, space.known_tokens_per_s) if might_fit else _with_advice(result, space)
     if found.interrupted:
         return replace(result, outcome=Outcome.INTERRUPTED)
     return replace(result, outcome=Outcome.OPTIMAL) if result.gap <= OPTIMAL_GAP else result
@@ -336,6 +338,12 @@ def _greatest(bounds: Iterable[Bound]) -> Bound:
     bounds = list(bounds)
     tokens_per_s = max((bound.tokens_per_s for bound in bounds), default=0.0)
     return Bound(tokens_per_s, sum(bound.regions for bound in bounds))
+
+
+def _not_better(result: SearchResult, known_tokens_per_s: float) -> SearchResult:
+    """The result where a bound has shown that nothing is faster than what is known."""
+    told = f"must be faster than the {known_tokens_per_s:.4g} tokens/s that are known", "keep the policy that has them"
+    return replace(result, outcome=Outcome.NO_BETTER, advice=lambda: told)
 
 
 def _with_advice(result: SearchResult, space: Space) -> SearchResult:

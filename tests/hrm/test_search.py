@@ -436,6 +436,18 @@ def test_a_model_that_does_not_fit_says_what_to_change():
         result.require()
 
 
+@pytest.mark.parametrize("gpus", ["1xT4", "2xT4", "1xT4+1xL4"])
+def test_a_search_told_of_a_policy_that_nothing_beats_says_so(gpus):
+    spec = tiny_spec(num_layers=1, num_heads=3, num_kv_heads=3) if "+" in gpus else tiny_spec()  # cannot be shared
+    space = Space(spec, compose(gpus), WORKLOAD, dtype="float16", known_tokens_per_s=1e9)
+    told = search(space)
+    assert (told.best, told.outcome) == (None, Outcome.NO_BETTER)
+    with pytest.raises(PolicyError, match=r"no policy is faster.*than the 1e\+09 tokens/s.*keep the policy"):
+        told.require()
+    nothing = replace(space, profile=with_memory(space.profile, cpu_memory_bytes=4096))
+    assert search(nothing).outcome is Outcome.INFEASIBLE, "where nothing fits, that is truer"
+
+
 @pytest.mark.usefixtures("quick_bounds")
 @pytest.mark.parametrize("solver", ["exhaustive", "milp"])
 @pytest.mark.parametrize("task_s", [1e-6, 1e-4, 1e-2])
