@@ -99,11 +99,11 @@ def load_policy_file(path: Path) -> PolicyFile:
         remedy="write it again with hrm search --out or hrm estimate --out",
     )
     try:
-        content = decode_strictly(plain, PolicyFile, str(path))
+        content = decode_strictly(
+            plain, PolicyFile, str(path), remedy="correct it, or write the file again with hrm search --out"
+        )
     except ProfileError as error:
-        again = "correct it, or write the file again with hrm search --out"
-        remedy = error.remedy if error.remedy.startswith(("did you mean", "name another")) else again
-        raise PolicyError(error.where, error.value, error.rule, remedy) from error
+        raise PolicyError(error.where, error.value, error.rule, error.remedy) from error
     check_policy_file(content, str(path))
     return content
 

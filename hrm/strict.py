@@ -4,7 +4,7 @@ Values are what `hrm.decoding` returns: plain, finite and of bounded depth. They
 dataclasses from the inside out, so that an error of any of them is told where it stands.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -35,17 +35,18 @@ _WORDS: Final = {
 }
 
 
-def decode_strictly(plain: Any, kind: type[_T], file: str, *, other_keys: bool = False) -> _T:
+def decode_strictly(plain: Any, kind: type[_T], file: str, *, other_keys: bool = False, remedy: str = "") -> _T:
     """What was read from a YAML or JSON `file` as a dataclass.
 
     Raises ProfileError naming the file and field if a key is unknown or missing, a value has
     another type, or the dataclass refuses it. With `other_keys`, keys that are no fields are passed
     over, for files of which only a part is read. Another kind of file of ours is told as what it is.
+    A `remedy` is for all mistakes of which is not known what was meant.
     """
     if not other_keys and (words := file_kind(plain, {item.name for item in fields(cast("Any", kind))})):
         rule = f"must be a file with {', '.join(item.name for item in fields(cast('Any', kind)))}"
         raise ProfileError(file, f"<{words}>", rule, "name another file")
-    return _Reader(file, other_keys).read(plain, kind, "")
+    return _Reader(file, other_keys, remedy).read(plain, kind, "")
 
 
 def file_kind(plain: object, but_with: Collection[str] = ()) -> str | None:
@@ -71,6 +72,7 @@ class _Reader:
 
     file: str
     other_keys: bool
+    remedy: str
 
     def read(self, plain: Any, kind: Any, path: str) -> Any:
         """The value as `kind`; ProfileError if it is none."""
@@ -97,7 +99,11 @@ class _Reader:
             return self._items(plain, origin, arguments, path)
         return plain
 
-    def _refusal(self, path: str, value: Any, rule: str, remedy: str) -> ProfileError:
+    def _refusal(
+        self, path: str, value: Any, rule: str, otherwise: str, *, word: str = "", known: Iterable[str] = ()
+    ) -> ProfileError:
+        """The mistake; the remedy is the known word that was meant, what goes with the file, or `otherwise`."""
+        remedy = meant(word, known, self.remedy or otherwise)
         shown = "<a mapping>" if isinstance(value, dict) else value
         if not path:
             shown = f"<{'no mapping' if 'mapping' in rule else brief_value(shown)}>"
@@ -110,9 +116,10 @@ class _Reader:
     def _choice(self, plain: Any, choices: dict[Any, Any], path: str) -> Any:
         if isinstance(plain, str | int) and plain in choices:
             return choices[plain]
-        otherwise = "correct the value"
-        remedy = meant(plain, map(str, choices), otherwise) if isinstance(plain, str) else otherwise
-        raise self._refusal(path, plain, f"must be one of {', '.join(map(str, choices))}", remedy)
+        known, word = [str(choice) for choice in choices], plain if isinstance(plain, str) else ""
+        raise self._refusal(
+            path, plain, f"must be one of {', '.join(known)}", "correct the value", word=word, known=known
+        )
 
     def _member(self, plain: Any, kind: type[Enum], path: str) -> Enum:
         """The member of that value, which may be one that was added to those that are listed."""
@@ -190,7 +197,9 @@ class _Reader:
                     _under(path, key),
                     value,
                     f"is no field of {all_known}",
-                    meant(str(key), known, "remove or correct it"),
+                    "remove or correct it",
+                    word=str(key),
+                    known=known,
                 )
         for name, item in known.items():
             required = item.default is MISSING and item.default_factory is MISSING
@@ -205,9 +214,8 @@ class _Reader:
         if isinstance(name, str) and name and where.startswith(name):
             where = where.removeprefix(name).lstrip(".: ")
         where = where.removeprefix(f"{path.rpartition('.')[2]}: ")  # which a policy says of itself
-        return ProfileError(
-            f"{self.file}: {_under(path, where)}" if where or path else self.file, error.value, error.rule, error.remedy
-        )
+        at = f"{self.file}: {_under(path, where)}" if where or path else self.file
+        return ProfileError(at, error.value, error.rule, self.remedy or error.remedy)
 
 
 def _is_enum(kind: Any) -> bool:

@@ -1,7 +1,7 @@
 """Policy files and traces: what is written reads back, and what is wrong is named."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -9,17 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrm.errors import PolicyError, TraceError
+from hrm.errors import PolicyError, ProfileError, TraceError
 from hrm.estimate import estimate
 from hrm.formats import FORMATS
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import load_policy_file, policy_file_of, profile_hash, save_policy_file
+from hrm.strict import decode_strictly
 from hrm.tasks import Device, Lane, TaskId
 from hrm.trace import Span, Trace, lane_chart, read_chrome_trace, write_chrome_trace
 from hrm.workload import Workload
 from tests.contracts.tasks import EVERY_ACT, act
 from tests.hrm.support import machine, tiny_spec
 
+AGAIN = "correct it, or write the file again with hrm search --out"
 WORKLOAD = Workload(name="test", prompt_len=12.5, max_prompt_len=20, gen_len=4, num_requests=40)
 
 
@@ -128,6 +130,51 @@ def test_a_malformed_policy_file_is_refused_by_file_and_field(tmp_path, where, v
     with pytest.raises(PolicyError, match=message) as caught:
         load_policy_file(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "remedy"),
+    [
+        ("policy", "atention", "cpu", "did you mean attention?"),
+        ("policy", "schedule", "cgopip", "did you mean cgopipe?"),
+        ("policy", "schedule", "s5", AGAIN),
+        ("policy", "batch_size", 9, AGAIN),
+        ("workload", "gen_len", 0, AGAIN),
+    ],
+)
+def test_the_remedy_is_the_word_that_was_meant_or_what_helps_with_a_policy_file(tmp_path, section, key, value, remedy):
+    path = tmp_path / "policy.json"
+    save_policy_file(path, policy_file_of(PREDICTED, SPEC, MACHINE, WORKLOAD))
+    content = json.loads(path.read_text())
+    content[section][key] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(PolicyError) as caught:
+        load_policy_file(path)
+    assert (caught.value.where, caught.value.remedy) == (f"{path}: {section}.{key}", remedy)
+
+
+@dataclass(frozen=True)
+class Colour:
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name == "mauve":
+            raise PolicyError("name", self.name, "must be one that is made", "name another, like red")
+
+
+@pytest.mark.parametrize(
+    ("plain", "remedy"),
+    [
+        ({"name": "mauve"}, "buy paint"),
+        ({"name": 3}, "buy paint"),
+        ({}, "buy paint"),
+        ({"name": "red", "nam": 1}, "did you mean name?"),
+    ],
+)
+def test_what_a_kind_of_file_says_of_mistakes_replaces_what_its_values_say(plain, remedy):
+    with pytest.raises(ProfileError) as caught:
+        decode_strictly(plain, Colour, "colours.json", remedy="buy paint")
+    assert caught.value.remedy == remedy
 
 
 @pytest.mark.parametrize(
