@@ -3,13 +3,15 @@
 A broken invariant of ours is an `assert`, never one of these.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from reprlib import Repr
 from typing import Final
 
 MAX_SHOWN: Final = 200  # characters of a value, or of where it stands, in a message
 MAX_RULE: Final = 2000  # a rule may list all GPUs that are known
 
+_FIELD: Final = re.compile(r"\b[a-z]+(?:_[a-z]+)+\b")
 _BRIEF: Final = Repr()
 _BRIEF.maxlevel = 3
 _BRIEF.maxstring = 150  # most paths
@@ -56,17 +58,28 @@ class HrmError(ValueError):
     """A mistake in the user's input; command lines print it and exit with code 2.
 
     `where` names the file and field (`policy.json: micro_batch_size`), `rule` what must hold and
-    `remedy` what to do about it.
+    `remedy` what to do about it. `field` is that of ours if it is in a value, of which is not known yet
+    whether a file or an option gave it.
     """
 
-    def __init__(self, where: str, value: object, rule: str, remedy: str) -> None:
+    def __init__(self, where: str, value: object, rule: str, remedy: str, *, field: str = "") -> None:
         """Compose the one-line message `where is value: rule; remedy`.
 
         What users gave is cut short in it, and its control characters are escaped.
         """
-        self.where, self.value, self.rule, self.remedy = where, value, rule, remedy
+        self.where, self.value, self.rule, self.remedy, self.field = where, value, rule, remedy, field
         shown = f"{one_line(where, MAX_SHOWN)} is {brief_value(value)}"
         super().__init__(f"{shown}: {one_line(rule)}; {one_line(remedy)}")
+
+    def of_options(self, options: Mapping[str, str]) -> "HrmError":
+        """The same of what was typed (`--gen-len`), where `options` tell which option gives the field (`gen_len`).
+
+        Other fields that the rule names are told so, too, where they are no words of everyday language.
+        """
+        if self.field not in options:
+            return self
+        rule = _FIELD.sub(lambda name: options.get(name[0], name[0]), self.rule)
+        return type(self)(options[self.field], self.value, rule, self.remedy)
 
 
 class UnitError(HrmError):

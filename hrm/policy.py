@@ -103,7 +103,8 @@ class Policy:
             if not holds:
                 value = getattr(self, field)
                 shown = str(value) if isinstance(value, StrEnum) else value
-                raise PolicyError(f"policy: {field}", shown, f"must {rule}", "correct it or run hrm search")
+                remedy = "correct it or run hrm search"
+                raise PolicyError(f"policy: {field}", shown, f"must {rule}", remedy, field=field)
 
     def _rules(self) -> tuple[tuple[str, bool, str], ...]:
         """What must hold of each field, and in words."""
@@ -194,7 +195,8 @@ class Policy:
                 "policy: experts_per_part",
                 self.experts_per_part,
                 f"must be at most the {spec.num_experts} experts of {spec.name}",
-                "run hrm search for this model",
+                "correct it or run hrm search for this model",
+                field="experts_per_part",
             )
 
     def for_batch(self, batch_size: int) -> "Policy":

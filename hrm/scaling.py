@@ -8,15 +8,18 @@ that were changed say so: their source is `derived`, and their note ends with th
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
+from typing import Final
 
 from hrm.errors import ProfileError
 from hrm.gpus import each_gpu
 from hrm.hardware import Figure, HardwareProfile, Link, MemoryLevel, Rate, Source
 from hrm.machines import with_memory
 from hrm.units import (
+    KIB,
     format_bandwidth,
     format_bytes,
     format_flops,
@@ -26,6 +29,13 @@ from hrm.units import (
     parse_flops,
     parse_seconds,
 )
+
+# Of what is given; ten times as much is still within `units.LARGEST`.
+_LEAST_BYTES: Final = 4 * KIB  # of each GPU
+_MOST_BYTES: Final = 1e16
+_MOST_BYTES_PER_S: Final = 1e15
+_MOST_FLOPS_PER_S: Final = 1e17
+_MOST_LATENCY_S: Final = 3600.0
 
 
 class Resource(StrEnum):
@@ -74,6 +84,14 @@ class Resource(StrEnum):
         if self.is_memory:
             return f"{name}_bytes"
         return f"{name}_bytes_per_s" if self.is_bandwidth else f"{name}_per_s"
+
+    def least_and_most(self, num_gpus: int) -> tuple[float, float]:
+        """How much of it a machine may be given; of memory at least a page for each GPU."""
+        if self.is_memory:
+            return float(num_gpus * _LEAST_BYTES), _MOST_BYTES
+        if self.is_latency:
+            return 0.0, _MOST_LATENCY_S
+        return 1.0, _MOST_BYTES_PER_S if self.is_bandwidth else _MOST_FLOPS_PER_S
 
     def read(self, text: str, where: str) -> float:
         """An amount of it as people write it: `64GB`, `12GB/s`, `65TFLOP/s`, `5us`; UnitError naming `where`."""
@@ -132,7 +150,8 @@ def scale(profile: HardwareProfile, resource: Resource, factor: float, *, given:
         return Figure(value=product.value, source=Source.GIVEN, note=note, curve=product.curve)
 
     if resource.is_latency:
-        return _with_latency(profile, resource, times)
+        with _told_of(resource, f"<times {factor:.3g}>"):
+            return _with_latency(profile, resource, times)
 
     def each(rate: Rate) -> Rate:
         return Rate(achieved=times(rate.planned)) if given else rate.each(times)
@@ -147,8 +166,9 @@ def scale(profile: HardwareProfile, resource: Resource, factor: float, *, given:
         else link
         for link in profile.links
     )
-    gpus = each_gpu(profile, lambda gpu: scale(gpu, resource, factor, given=given))
-    return replace(profile, levels=levels, links=links, gpus=gpus)
+    with _told_of(resource, f"<times {factor:.3g}>"):
+        gpus = each_gpu(profile, lambda gpu: scale(gpu, resource, factor, given=given))
+        return replace(profile, levels=levels, links=links, gpus=gpus)
 
 
 def at_cost(profile: HardwareProfile, resource: Resource, factor: float) -> HardwareProfile:
@@ -166,14 +186,17 @@ def with_resource(
     """The machine with this much of one resource, in the units of `resource_value`.
 
     Rates of other dtypes change in proportion. A memory is resized as by --gpu-memory and
-    --cpu-memory, reserve included, and not scaled. `given` is as for `scale`, which raises the same
-    ProfileError.
+    --cpu-memory, reserve included, and not scaled. `given` is as for `scale`. Raises ProfileError as `scale` does,
+    and for an amount that is not between those of `Resource.least_and_most`.
     """
     now = resource_value(profile, resource, dtype=dtype)
-    if resource.is_latency and (value == 0 or now == 0):
+    is_none = resource.is_latency and value == 0
+    least, most = resource.least_and_most(profile.num_gpus)
+    if not (is_none or least <= value <= most):
+        rule = f"must lie between {resource.show(least)} and {resource.show(most)}"
+        raise ProfileError(resource.value, f"<{resource.show(value)}>", rule, "give another")
+    if is_none or (resource.is_latency and now == 0):
         return _with_latency(profile, resource, lambda figure: replace(figure, value=value))
-    if not (0 < value < math.inf):
-        raise ProfileError(resource.value, value, "must be positive and finite", "give another")
     if resource.is_latency and given:
         return _with_latency(profile, resource, lambda _: Figure(value=value, source=Source.GIVEN, note=given))
     if resource is Resource.GPU_MEMORY:
@@ -181,6 +204,16 @@ def with_resource(
     if resource is Resource.CPU_MEMORY:
         return with_memory(profile, cpu_memory_bytes=value)
     return scale(profile, resource, value / now, given=given)
+
+
+@contextmanager
+def _told_of(resource: Resource, factor: str) -> Generator[None]:
+    """Tell a figure that no machine can have by the resource that was changed, and not by where it stands."""
+    try:
+        yield
+    except ProfileError as error:
+        rule = f"gives the machine a figure that {error.rule}"
+        raise ProfileError(resource.value, factor, rule, "change it less") from error
 
 
 def given_resources(profile: HardwareProfile) -> dict[Resource, float]:

@@ -33,6 +33,7 @@ class Workload:
         mean, requests, at_most = self.mean_gen_len, self.num_requests, f"must be at most {MAX_LEN:,}"
         rules = (
             ("prompt_len", self.prompt_len >= 1, "must be at least 1"),
+            ("prompt_len", self.prompt_len <= MAX_LEN, at_most),
             ("gen_len", self.gen_len >= 1, "must be at least 1"),
             (
                 "max_prompt_len",
@@ -54,8 +55,7 @@ class Workload:
         )
         for field, holds, rule in rules:
             if not holds:
-                remedy = "check the options that give the workload's lengths and its --requests"
-                raise WorkloadError(f"workload {self.name}: {field}", getattr(self, field), rule, remedy)
+                raise WorkloadError(f"workload: {field}", getattr(self, field), rule, "correct it", field=field)
 
     @property
     def max_context_len(self) -> int:

@@ -15,7 +15,7 @@ from executor.errors import CheckpointError, JobError
 from executor.job.machine import AcceleratorOptions
 from executor.job.weights import ModelWeights
 from executor.model.host_kernels import host_kernels
-from hrm.errors import WorkloadError, closest
+from hrm.errors import closest
 from hrm.hardware import HardwareProfile
 from hrm.machines import load_profile, with_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model
@@ -115,10 +115,6 @@ def workload_of(options: BenchOptions, usual: Workload) -> Workload:
     """The requests that are asked for; what the options leave open is as usual."""
     prompt_len = round(usual.prompt_len) if options.prompt_len is None else options.prompt_len
     longest = prompt_len if options.max_prompt_len is None else options.max_prompt_len
-    if longest < prompt_len:
-        raise WorkloadError(
-            "--max-prompt-len", longest, f"must be at least the mean, {prompt_len}", "raise it, or lower --prompt-len"
-        )
     return replace(
         usual,
         prompt_len=prompt_len,

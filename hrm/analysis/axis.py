@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
-from hrm.errors import HrmError
+from hrm.errors import HrmError, WorkloadError
 from hrm.scaling import Resource, resource_value, scale, with_resource
 from hrm.search import Space
 
@@ -111,7 +111,7 @@ class Axis:
     def at(self, space: Space, value: float) -> Space:
         """The space with what is swept at a value; longer prompts keep the ratio of longest to mean.
 
-        Raises HrmError for values that no machine or workload can have.
+        Raises HrmError naming what is swept for values that no machine or workload can have.
         """
         profile, workload = space.profile, space.workload
         match self.what:
@@ -123,9 +123,14 @@ class Axis:
                 return replace(space, profile=profile)
             case Length.PROMPT_LEN:
                 longest = max(math.ceil(workload.max_prompt_len * value / workload.prompt_len), math.ceil(value))
-                return replace(space, workload=replace(workload, prompt_len=value, max_prompt_len=longest))
+                lengths: dict[str, Any] = {"prompt_len": value, "max_prompt_len": longest}
             case Length.GEN_LEN:
-                return replace(space, workload=replace(workload, gen_len=round(value)))
+                lengths = {"gen_len": round(value)}
+        try:
+            return replace(space, workload=replace(workload, **lengths))
+        except WorkloadError as error:
+            rule = f"gives a workload of which a length {error.rule}"
+            raise WorkloadError(self.what.value, f"<{self.what.show(value)}>", rule, "sweep less far") from error
 
     def now(self, space: Space) -> float:
         """The value that the space has as it is."""

@@ -41,7 +41,7 @@ class GivenPolicy:
     resident_dense: bool
     experts_per_part: int
     kv_on_gpu: str
-    prefill_chunk: int | None
+    prefill_chunk_tokens: int | None
     schedule: ScheduleName
     staging: bool
     expert_division: ExpertDivision
@@ -57,7 +57,7 @@ class GivenPolicy:
         num_micro_batches = -(-batch_size // self.micro_batch_size)
         on_gpu = round(_share(self.kv_on_gpu) * num_micro_batches) if two_levels else num_micro_batches
         attention = self.attention if two_levels else Device.GPU
-        longest, chunk = workload.max_prompt_len, self.prefill_chunk
+        longest, chunk = workload.max_prompt_len, self.prefill_chunk_tokens
         if chunk is None:
             chunk = max(longest, min(round(batch_size * workload.prompt_len), PREFILL_CHUNK_TOKENS))
         cpu_attention = attention is Device.CPU and on_gpu < num_micro_batches
@@ -160,6 +160,7 @@ given_policy_options = together(
     ),
     click.option(
         "--prefill-chunk",
+        "prefill_chunk_tokens",
         type=int,
         help="Prompt tokens prefilled at a time; longer prompts are split  [default: the batch's, "
         f"of at most {PREFILL_CHUNK_TOKENS} or one prompt].",

@@ -95,9 +95,11 @@ class MachineChoice:
     def changed(self, machine: HardwareProfile) -> HardwareProfile:
         """The machine with the memory and the resources that were given."""
         for resource, (flag, amount) in self._given().items():
-            machine = with_resource(
-                machine, resource, resource.read(amount, flag), dtype=machine.default_dtype, given=f"{flag}={amount}"
-            )
+            value, given = resource.read(amount, flag), f"{flag}={amount}"
+            try:
+                machine = with_resource(machine, resource, value, dtype=machine.default_dtype, given=given)
+            except ProfileError as error:  # of the resource, which does not know how it was given
+                raise ProfileError(flag, amount, error.rule, error.remedy) from error
         return machine
 
     def _given(self) -> dict[Resource, tuple[str, str]]:

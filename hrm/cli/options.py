@@ -36,7 +36,7 @@ class WorkloadChoice:
     max_prompt_len: int | None = None
     gen_len: int | None = None
     mean_gen_len: float | None = None
-    requests: int | None = None
+    num_requests: int | None = None
 
     def resolve(self) -> Workload:
         """The workload that is meant; lengths that are given override the named workload's."""
@@ -52,7 +52,7 @@ class WorkloadChoice:
             max_prompt_len=longest if self.max_prompt_len is None else self.max_prompt_len,
             gen_len=base.gen_len if self.gen_len is None else self.gen_len,
             mean_gen_len=self.mean_gen_len,
-            num_requests=self.requests,
+            num_requests=self.num_requests,
         )
 
     def _given(self) -> Workload:
@@ -67,7 +67,7 @@ class WorkloadChoice:
             max_prompt_len=_longest(self.prompt_len) if self.max_prompt_len is None else self.max_prompt_len,
             gen_len=self.gen_len,
             mean_gen_len=self.mean_gen_len,
-            num_requests=self.requests,
+            num_requests=self.num_requests,
         )
 
 
@@ -86,7 +86,7 @@ _workload_choice = together(
     click.option("--max-prompt-len", type=int, help="Longest prompt [default: the mean]."),
     click.option("--gen-len", type=int, help="Tokens generated a request, at most."),
     click.option("--mean-gen-len", type=float, help="Tokens generated on average [default: --gen-len]."),
-    click.option("--requests", type=int, help="Number of requests [default: without end]."),
+    click.option("--requests", "num_requests", type=int, help="Number of requests [default: without end]."),
 )
 
 

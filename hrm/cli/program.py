@@ -47,7 +47,20 @@ def _unbroken(text: str) -> str:
 
 
 class _Context(click.Context):
+    """A command called with its options, which have the names of the fields that they give."""
+
     formatter_class = _Help
+
+    def invoke(self, callback: Any, /, *args: Any, **given: Any) -> Any:
+        """What the command returns; HrmError naming what was typed for a mistake in a field that an option gives."""
+        try:
+            return super().invoke(callback, *args, **given)
+        except HrmError as error:
+            options = (each for each in self.command.params if isinstance(each, click.Option))
+            told = error.of_options({each.name: parameter_name(each) for each in options if each.name})
+            if told is error:
+                raise
+            raise told from error
 
 
 def _check_once(command: click.Command, args: list[str]) -> None:

@@ -131,6 +131,7 @@ def test_tables_are_printed_for_people(hrm):
         assert len(out.splitlines()) >= 3
 
 
+SWEEP = ["plot", "sweep", *T4, "--out", "/tmp/unwritten.png"]
 MISTAKES = {
     "an unknown model": (["search", "--model", "gpt-9", "--gpus", "T4"], "--model is 'gpt-9'"),
     "an unknown GPU": (["search", "--model", "dbrx", "--gpus", "4xT5"], "--gpus is 'T5'"),
@@ -154,7 +155,7 @@ MISTAKES = {
         "--x gpu-flops is '65': needs a unit; did you mean 65TFLOP/s?",
     ),
     "a sweep's range without a unit": (
-        ["plot", "sweep", *T4, "--vary", "cpu-memory", "--from", "64", "--to", "128GB", "--out", "/tmp/unwritten.png"],
+        [*SWEEP, "--vary", "cpu-memory", "--from", "64", "--to", "128GB"],
         "--from is '64': needs a unit; did you mean 64GB?",
     ),
     "one memory by two options": (
@@ -215,9 +216,58 @@ MISTAKES = {
     "an endless prompt": (["search", *T4, "--prompt-len", "inf", "--gen-len", "1"], "--prompt-len is inf"),
     "no prompt": (
         ["search", *T4, "--prompt-len", "1", "--gen-len", "1", "--max-prompt-len", "0"],
-        "max_prompt_len is 0",
+        "--max-prompt-len is 0: must be at least the mean --prompt-len 1; correct it",
     ),
-    "a chunk of no tokens": ([*ESTIMATE, "--prefill-chunk", "0"], "prefill_chunk_tokens is 0: must be at least 1"),
+    "a prompt of nothing": (["search", *T4, "--prompt-len", "0", "--gen-len", "1"], "--prompt-len is 0.0: must be at"),
+    "a prompt without end": (
+        ["search", *T4, "--prompt-len", "1e9", "--gen-len", "1"],
+        "--prompt-len is 1000000000.0: must be at most 10,000,000",
+    ),
+    "no request": (["whatif", *T4, "--requests", "0"], "--requests is 0: must lie between 1 and"),
+    "nothing generated": (["search", *T4, "--prompt-len", "9", "--gen-len", "0"], "--gen-len is 0: must be at least 1"),
+    "more generated on average than at most": (
+        ["search", *T4, "--mean-gen-len", "500"],
+        "--mean-gen-len is 500.0: must lie between 1 and --gen-len 128; correct it",
+    ),
+    "a chunk of no tokens": ([*ESTIMATE, "--prefill-chunk", "0"], "--prefill-chunk is 0: must be at least 1"),
+    "parts of more experts than there are": (
+        [*ESTIMATE, "--experts-per-part", "9"],
+        "--experts-per-part is 9: must be at most the 8 experts of mixtral-8x7b; correct it",
+    ),
+    "parts of experts that are staged": (
+        [*ESTIMATE, "--experts-per-part", "2", "--staging"],
+        "--experts-per-part is 2: must be at least 0, and 0 with staging",
+    ),
+    "experts on the CPU in prefill alone": (
+        [*ESTIMATE, "--prefill-ffn", "cpu"],
+        "--prefill-ffn is 'cpu': must be gpu where ffn is gpu",
+    ),
+    "less memory than a page for each GPU": (
+        ["search", "--model", "dbrx", "--gpus", "2xT4", "--cpu-memory", "1B"],
+        "--cpu-memory is '1B': must lie between 8.19 kB and 10000 TB; give another",
+    ),
+    "more memory than any": ([*ESTIMATE, "--gpu-memory", "1000000TB"], "--gpu-memory is '1000000TB': must lie between"),
+    "more compute than any": (
+        [*ESTIMATE, "--set", "cpu-flops=1e29FLOP/s"],
+        "--set cpu-flops is '1e29FLOP/s': must lie between 1 FLOP/s and 100000 TFLOP/s",
+    ),
+    "a launch of days": ([*ESTIMATE, "--set", "cpu-launch-latency=99h"], "--set cpu-launch-latency is '99h': must lie"),
+    "a resource that the machine has not": (
+        [*ESTIMATE, "--set", "peer-bandwidth=1GB/s"],
+        "--set peer-bandwidth is '1GB/s': 1xT4 on gcp-n1-highmem-64 has no link between GPUs",
+    ),
+    "a map of a machine that cannot be": (
+        ["map", *T4, "--x", "cpu=1:1e30:2", "--y", "gpu=1:2:2"],
+        "cpu-memory is <times 1e+30>: gives the machine a figure that must be positive and at most 1e+18; change",
+    ),
+    "a sweep of prompts that cannot be": (
+        [*SWEEP, "--vary", "prompt-len", "--from", "9", "--to", "99999999", "--points", "2"],
+        "prompt-len is <1e+08>: gives a workload of which a length must be at most 10,000,000; sweep less far",
+    ),
+    "memory of a byte, to be measured": (
+        ["profile", "--accelerator", "emulated", "--gpu-memory", "1B", "--out", "/tmp/unwritten.yaml"],
+        "--gpu-memory is <1 B>: must be at least 4.10 kB, a page for each GPU; ask for more",
+    ),
     "memory of no GPU": (
         ["profile", "--accelerator", "cpu", "--gpu-memory", "1GB", "--out", "/tmp/unwritten.yaml"],
         "--gpu-memory is <1.00 GB>: needs a GPU level",

@@ -22,6 +22,7 @@ from hrm.profiling.machine.host import (
     staging_worker,
 )
 from hrm.profiling.machine.levels import host_level, ram_of, request_latency
+from hrm.profiling.machine.options import LONGEST_TRANSFER_S, SMALLEST_ARENA
 from hrm.profiling.machine.run import Run, torch_threads
 from hrm.tasks import Lane
 from hrm.units import GB, GIB, KIB, MIB, counted, format_bandwidth
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 EMULATED_LINK_BYTES_PER_S: Final = 2.0 * GB
 EMULATED_GPU_BYTES: Final = GIB
-SMALLEST_ARENA: Final = 4 * KIB
-LONGEST_TRANSFER_S: Final = 0.25  # slow links are swept over smaller transfers
 STAGED_BYTES: Final = MIB
 CONTENTION_TRANSFER_S: Final = 0.005
 SUMS: Final = "sums between ranks"

@@ -8,6 +8,7 @@ from hrm.errors import ProfileError
 from hrm.hardware import GPU, Figure, MemoryLevel, Rate, Source
 from hrm.machines import load_gpu
 from hrm.profiling.machine.levels import processor_of
+from hrm.profiling.machine.options import check_gpu_memory
 from hrm.profiling.machine.run import Run
 from hrm.units import MIB
 
@@ -52,7 +53,7 @@ class GpuMemory:
 
 
 def memory_of(gpus: Sequence["AbstractGpu"], asked_bytes: int | None) -> GpuMemory:
-    """Free and total memory; ProfileError if more is asked for than they have."""
+    """Free and total memory; ProfileError if more is asked for than they have, or less than a level can be of."""
     sizes = [gpu.memory_bytes() for gpu in gpus]
     free, total = min(size for size, _ in sizes), min(size for _, size in sizes)
     if asked_bytes is not None and asked_bytes > total * len(gpus):
@@ -62,6 +63,8 @@ def memory_of(gpus: Sequence["AbstractGpu"], asked_bytes: int | None) -> GpuMemo
             f"{' and '.join(gpu.device for gpu in gpus)} have {total * len(gpus)} bytes",
             "ask for less",
         )
+    if asked_bytes is not None:
+        check_gpu_memory(asked_bytes, len(gpus))
     return GpuMemory(free, total, total if asked_bytes is None else asked_bytes // len(gpus))
 
 

@@ -9,7 +9,7 @@ from hrm.profiling.environment import HostFacts
 from hrm.profiling.machine.host import MEMORY, attention_step, gemm_step, launch_step
 from hrm.profiling.machine.run import Run
 from hrm.profiling.timing import significant
-from hrm.units import counted, format_bandwidth
+from hrm.units import counted, format_bandwidth, format_bytes
 
 if TYPE_CHECKING:
     from hrm.profiling.memory import MemoryRates
@@ -96,7 +96,10 @@ def ram_of(host: HostFacts, less_bytes: int = 0) -> tuple[Figure, Figure]:
     capacity = host.usable_ram_bytes - less_bytes
     if capacity <= 0:
         raise ProfileError(
-            "--gpu-memory", less_bytes, f"must be less than the RAM of {host.usable_ram_bytes}", "ask for less"
+            "--gpu-memory",
+            f"<{format_bytes(less_bytes)}>",
+            f"must be less than the {format_bytes(host.usable_ram_bytes)} of RAM, in which it lies",
+            "ask for less",
         )
     reserve = int(RESERVE_SHARE * capacity)
     return (

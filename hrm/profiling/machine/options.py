@@ -10,7 +10,8 @@ from hrm.contract.host_kernels import HostKernels
 from hrm.errors import ProfileError
 from hrm.formats import FORMATS
 from hrm.model_spec import ModelSpec
-from hrm.units import format_bandwidth, format_bytes
+from hrm.scaling import Resource
+from hrm.units import KIB, format_bandwidth, format_bytes
 
 DTYPES: Final = ("bfloat16", "float16", "float32")
 QUICK_PART_S: Final = 0.75  # a part of a step in all passes; machines have 30 to 100 of them
@@ -18,6 +19,9 @@ FULL_PART_S: Final = 7.0
 MOST_QUICK_S: Final = 53.0  # after which no pass may end; one in place of a disturbed one may fit
 MOST_FULL_S: Final = 570.0
 MOST_EMULATED: Final = 8
+SMALLEST_ARENA: Final = 4 * KIB
+LONGEST_TRANSFER_S: Final = 0.25  # slow links are swept over smaller transfers
+LEAST_LINK_BYTES_PER_S: Final = SMALLEST_ARENA / LONGEST_TRANSFER_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,15 @@ class ProfileOptions:
                 "is what an emulated link is paced to",
                 "leave it out or use --accelerator emulated",
             )
+        if self.link_bandwidth_bytes_per_s is not None and self.link_bandwidth_bytes_per_s < LEAST_LINK_BYTES_PER_S:
+            raise ProfileError(
+                "--link-bandwidth",
+                f"<{format_bandwidth(self.link_bandwidth_bytes_per_s)}>",
+                f"must be at least {format_bandwidth(LEAST_LINK_BYTES_PER_S)}, or a measurement would take hours",
+                "ask for more",
+            )
+        if kind == "emulated" and self.gpu_memory_bytes is not None:
+            check_gpu_memory(self.gpu_memory_bytes, self.emulated_count)
         if self.gpu_memory_bytes is not None and kind == "cpu":
             raise ProfileError(
                 "--gpu-memory",
@@ -120,6 +133,14 @@ class ProfileOptions:
             "model": repr(self.model) if self.model else "not given",
             "kernels": self.kernels_name,
         }
+
+
+def check_gpu_memory(num_bytes: int, count: int) -> None:
+    """Raise ProfileError if so many bytes are too few for a level of `count` GPUs."""
+    least, _ = Resource.GPU_MEMORY.least_and_most(count)
+    if num_bytes < least:
+        rule = f"must be at least {format_bytes(least)}, a page for each GPU"
+        raise ProfileError("--gpu-memory", f"<{format_bytes(num_bytes)}>", rule, "ask for more")
 
 
 def _told(option: object) -> str:

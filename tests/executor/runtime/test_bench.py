@@ -75,6 +75,21 @@ def refused(capsys, *arguments: str) -> str:
     return message
 
 
+@pytest.mark.parametrize(
+    ("lengths", "told"),
+    [
+        (["--gen-len", "99999999"], "--gen-len is 99999999: must be at most 10,000,000; correct it"),
+        (
+            ["--prompt-len", "9", "--max-prompt-len", "3"],
+            "--max-prompt-len is 3: must be at least the mean --prompt-len 9",
+        ),
+        (["--requests", "9" * 20], f"--requests is {'9' * 20}: must lie between 1 and 1,000,000"),
+    ],
+)
+def test_impossible_lengths_are_told_by_the_options_that_give_them(shape, profile, capsys, lengths, told):
+    assert told in refused(capsys, "--model", shape.name, "--profile", profile(machine()), *lengths)
+
+
 @pytest.mark.parametrize("accelerator", ["emulated", "cpu", "null"])
 def test_shape_is_planned_for_and_run_without_a_checkpoint(shape, profile, capsys, accelerator):
     on = ONE_LEVEL if accelerator == "cpu" else machine()

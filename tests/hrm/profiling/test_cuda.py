@@ -259,6 +259,8 @@ def test_memory_may_be_capped_but_not_raised():
         assert profile.top.reserve_bytes.value == 32 * MIB
         with pytest.raises(ProfileError, match=r"--gpu-memory is \d+: cpu and cpu have \d+ bytes"):
             measure([FakeGpu(0), FakeGpu(1)], patch=patch, gpu_memory_bytes=3000 * MIB)
+        with pytest.raises(ProfileError, match=r"--gpu-memory is <5.00 kB>: must be at least 8.19 kB, a page for each"):
+            measure([FakeGpu(0), FakeGpu(1)], patch=patch, gpu_memory_bytes=5000)
 
 
 @pytest.mark.parametrize(("pcie", "is_told"), [(1e15, True), (1e3, False)])

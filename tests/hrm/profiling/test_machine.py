@@ -264,10 +264,19 @@ def test_a_mistake_in_the_options_leaves_no_file(tmp_path):
             {"accelerator": "cpu", "link_bandwidth_bytes_per_s": 1e9},
             r"--link-bandwidth is <1.00 GB/s>: is what an emulated link is paced to",
         ),
-        ({"accelerator": "emulated", "gpu_memory_bytes": 2**60}, r"--gpu-memory is \d+: must be less than the RAM"),
+        (
+            {"accelerator": "emulated", "gpu_memory_bytes": 2**60},
+            r"--gpu-memory is <1152922 TB>: must be less than the .* of RAM",
+        ),
+        ({"accelerator": "emulated", "gpu_memory_bytes": 1}, r"--gpu-memory is <1 B>: must be at least 4.10 kB"),
+        (
+            {"accelerator": "emulated", "link_bandwidth_bytes_per_s": 1.0},
+            r"--link-bandwidth is <1 B/s>: must be at least 16.4 kB/s, or a measurement would take hours; ask for more",
+        ),
     ],
 )
-def test_bad_requests(arguments, message):
+def test_bad_requests(monkeypatch, arguments, message):
+    monkeypatch.setattr("hrm.profiling.machine.steps.Steps.run", lambda _: pytest.fail("nothing may be measured"))
     with pytest.raises(ProfileError, match=message):
         profile_machine(ProfileOptions(**arguments))
 
