@@ -20,6 +20,7 @@ from hrm.hardware import Figure, HardwareProfile, Link, MemoryLevel, Rate, Sourc
 from hrm.machines import with_memory
 from hrm.units import (
     KIB,
+    LARGEST,
     format_bandwidth,
     format_bytes,
     format_flops,
@@ -30,9 +31,8 @@ from hrm.units import (
     parse_seconds,
 )
 
-# Of what is given; ten times as much is still within `units.LARGEST`.
+# Of what is given; of rates, ten times as much is still within `LARGEST`.
 _LEAST_BYTES: Final = 4 * KIB  # of each GPU
-_MOST_BYTES: Final = 1e16
 _MOST_BYTES_PER_S: Final = 1e15
 _MOST_FLOPS_PER_S: Final = 1e17
 _MOST_LATENCY_S: Final = 3600.0
@@ -88,7 +88,7 @@ class Resource(StrEnum):
     def least_and_most(self, num_gpus: int) -> tuple[float, float]:
         """How much of it a machine may be given; of memory at least a page for each GPU."""
         if self.is_memory:
-            return float(num_gpus * _LEAST_BYTES), _MOST_BYTES
+            return float(num_gpus * _LEAST_BYTES), LARGEST
         if self.is_latency:
             return 0.0, _MOST_LATENCY_S
         return 1.0, _MOST_BYTES_PER_S if self.is_bandwidth else _MOST_FLOPS_PER_S

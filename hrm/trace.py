@@ -64,6 +64,16 @@ class Trace:
             return 0.0
         return max(s.end_s for s in self.spans) - min(s.start_s for s in self.spans)
 
+    @property
+    def num_layers(self) -> int:
+        """How many layers there are tasks of, from the first one on."""
+        return 1 + max((span.id.layer for span in self.spans), default=-1)
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps of decode there are tasks of, from the first one on."""
+        return 1 + max((span.id.step for span in self.spans), default=-1)
+
     def of_phase(self, phase: Phase) -> "Trace":
         """Only the spans of one phase."""
         return Trace(tuple(span for span in self.spans if span.phase is phase))

@@ -12,6 +12,7 @@ from hrm.cli.machine_choice import machine_options
 from hrm.cli.options import ChosenModel, PlanSource, model_options, plan_source_options, workload_options
 from hrm.cli.params import OUT_FILE, enum_option, phase_option
 from hrm.cli.program import CommandGroup
+from hrm.cli.simulate import steps_option
 from hrm.cli.tables import csv_option, searching, tell_written, write_csv
 from hrm.cli.texts import machine_text
 from hrm.errors import HrmError, PolicyError, meant
@@ -108,7 +109,7 @@ def roofline(
     help="Draw this run's first batch above what was predicted for it.",
 )
 @phase_option
-@click.option("--steps", type=click.IntRange(1, 64), default=2, show_default=True, help="Decode steps.")
+@steps_option
 @click.option(
     "--from-layer",
     type=click.IntRange(0),
@@ -123,7 +124,7 @@ def timeline(
     schedules: tuple[ScheduleName, ...],
     run: Path | None,
     phase: Phase,
-    steps: int,
+    steps: int | None,
     from_layer: int,
     layers: int | None,
     out: Path,

@@ -20,24 +20,30 @@ from hrm.trace import Trace, lane_chart, write_chrome_trace
 from hrm.units import counted, format_seconds
 
 TEXT_TASKS = 24
+USUAL_STEPS: Final = 2
 MOST_PARTS: Final = 30_000  # that are drawn: micro-batches or chunks, times layers and steps
+
+steps_option = click.option(
+    "--steps", type=click.IntRange(1, 64), help=f"Decode steps, joined  [default: {USUAL_STEPS}, if there are]."
+)
 
 
 @click.command()
 @plan_options
 @phase_option
-@click.option(
-    "--steps", type=click.IntRange(1, 64), default=2, show_default=True, help="Decode steps to simulate, joined."
-)
+@steps_option
 @click.option("--layers", type=click.IntRange(1), help="Draw only up to this layer [default: all].")
 @click.option("--width", type=click.IntRange(20, 400), default=100, show_default=True, help="Columns of the chart.")
 @click.option("--trace", type=OUT_FILE, help="Write a Chrome trace (open it in ui.perfetto.dev).")
 @json_option
 def simulate(
-    plan: PolicyFile, phase: Phase, steps: int, layers: int | None, width: int, trace: Path | None, as_json: bool
+    plan: PolicyFile, phase: Phase, steps: int | None, layers: int | None, width: int, trace: Path | None, as_json: bool
 ) -> None:
     """Walk a policy's task graph in virtual time and draw what each lane does."""
     simulated = simulate_plan(plan, phase, num_steps=steps)
+    if layers is not None and layers > simulated.num_layers:
+        rule = f"must be at most {simulated.num_layers}, as many as are simulated"
+        raise PolicyError("--layers", layers, rule, "give fewer, or leave it out")
     if trace is not None:
         write_chrome_trace(trace, predicted=simulated)
     shown = simulated if layers is None else simulated.up_to_layer(layers)
@@ -53,7 +59,7 @@ def simulate(
             }
         )
         return
-    what = counted(steps, "decode step") if phase is Phase.DECODE else "prefill of one batch"
+    what = counted(simulated.num_steps, "decode step") if phase is Phase.DECODE else "prefill of one batch"
     console.print(
         f"[bold]{as_is(plan.model.name)}[/] on [bold]{as_is(plan.profile.name)}[/], "
         f"{plan.policy.schedule.value}, {what}: {format_seconds(simulated.makespan_s)} simulated"
@@ -84,10 +90,20 @@ def lane_text(trace: Trace, lane: Lane, limit: int | None) -> str:
     return " ".join(names)
 
 
-def simulate_plan(plan: PolicyFile, phase: Phase, *, num_steps: int) -> Trace:
+def steps_of(asked: int | None, there_are: int) -> int:
+    """How many decode steps are drawn, of so many; PolicyError if there are none, or fewer than are asked for."""
+    if not there_are:
+        rule = "has no step where all requests get their only token of prefill"
+        raise PolicyError("--phase", Phase.DECODE.value, rule, f"give --phase {Phase.PREFILL.value}")
+    if asked is not None and asked > there_are:
+        raise PolicyError("--steps", asked, f"must be at most {there_are}, as many as there are", "give fewer")
+    return min(USUAL_STEPS, there_are) if asked is None else asked
+
+
+def simulate_plan(plan: PolicyFile, phase: Phase, *, num_steps: int | None) -> Trace:
     """The simulated trace of one phase of a plan's batch, in the middle of its decoding.
 
-    Raises PolicyError if that has more tasks than can be drawn.
+    Raises PolicyError if that has more tasks than can be drawn, or fewer steps of decode.
     """
     requests = plan.workload.requests_or(plan.policy.batch_size)
     of_part, part = plan.share
@@ -99,6 +115,7 @@ def simulate_plan(plan: PolicyFile, phase: Phase, *, num_steps: int) -> Trace:
         _check_length(chunks, "chunk", costs.spec.num_layers)
         _check_length(chunks * parts, "part of experts", costs.spec.num_layers)
         return simulate_work(prefill_work(costs, policy, plan.workload))
+    num_steps = steps_of(num_steps, plan.workload.decode_steps)
     _check_length(policy.num_micro_batches, "micro-batch", costs.spec.num_layers * num_steps)
     _check_length(policy.num_weight_pages, "weight page", costs.spec.num_layers * num_steps)
     _check_length(policy.num_micro_batches * parts, "part of experts", costs.spec.num_layers * num_steps)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from hrm.cli.simulate import simulate_plan
+from hrm.cli.simulate import simulate_plan, steps_of
 from hrm.cli.texts import machine_text
 from hrm.costs import Costs
 from hrm.errors import TraceError
@@ -21,7 +21,7 @@ from hrm.units import counted
 
 
 def of_schedules(
-    plan: PolicyFile, schedules: tuple[ScheduleName, ...], phase: Phase, steps: int, *, searched: bool
+    plan: PolicyFile, schedules: tuple[ScheduleName, ...], phase: Phase, steps: int | None, *, searched: bool
 ) -> tuple[str, dict[str, Trace]]:
     """The same policy in the order of every schedule, with attention where the schedule has it."""
     names = list(schedules) or [plan.policy.schedule]
@@ -69,7 +69,7 @@ def fitting_all(plan: PolicyFile, schedules: list[ScheduleName]) -> Policy:
     return replace(plan.policy, resident_experts=spread_experts(spec, 0))
 
 
-def of_run(folder: Path, phase: Phase, steps: int) -> tuple[str, dict[str, Trace]]:
+def of_run(folder: Path, phase: Phase, steps: int | None) -> tuple[str, dict[str, Trace]]:
     """What a run's first batch did, and what is predicted for a batch of its size and lengths."""
     run = read_run(folder)
     given = run.policy_file
@@ -83,6 +83,7 @@ def of_run(folder: Path, phase: Phase, steps: int) -> tuple[str, dict[str, Trace
     )
     measured = read_chrome_trace(folder / "trace.json").of_phase(phase).of_batch(0)
     if phase is Phase.DECODE:
+        steps = steps_of(steps, max(1, measured.num_steps - 1))  # without the first, unless it is the only one
         first, measured = measured_steps(folder, measured, steps)
         context = run.workload.prompt_len + first + 1 + steps / 2
         costs = Costs(*plan.part, plan.policy.formats)

@@ -102,13 +102,12 @@ def window(trace: Trace, *, first: int = 0, last: int | None = None, step: int =
     """
     ends = layer_ends(trace)
     layers = [layer for at, layer in ends if at == step]
-    for where in (first, last):
-        if where is not None and where not in layers:
-            raise TraceError(
-                "--from-layer and --layers", where, f"must lie within the {len(layers)} layers", "choose fewer"
-            )
-    if last is not None and last < first:
-        raise TraceError("--layers", last, f"must reach layer {first}", "choose more")
+    if first not in layers:
+        rule = f"must be one of the {len(layers)} layers, which are counted from 0"
+        raise TraceError("--from-layer", first, rule, "choose an earlier one")
+    if last is not None and not first <= last < len(layers):
+        rule = f"must be at least 1 and at most {len(layers) - first}, as many as there are from layer {first} on"
+        raise TraceError("--layers", last - first + 1, rule, "choose another number")
     begin_s = ends[step, first - 1] if first else min(span.start_s for span in trace.spans)
     end_s = ends[step, last] if last is not None else max(span.end_s for span in trace.spans)
     return Trace(

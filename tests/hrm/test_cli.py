@@ -124,6 +124,32 @@ def test_a_plan_goes_through_a_file_into_a_simulation(hrm, hrm_json, tmp_path):
     assert "H2D │" in out
 
 
+@pytest.mark.parametrize(
+    ("gen_len", "asked", "told"),
+    [
+        (
+            16,
+            ["--layers", 33],
+            "--layers is 33: must be at most 32, as many as are simulated; give fewer, or leave it out",
+        ),
+        (16, ["--steps", 16], "--steps is 16: must be at most 15, as many as there are; give fewer"),
+        (1, [], "--phase is 'decode': has no step where all requests get their only token of prefill; give --phase"),
+    ],
+)
+def test_more_than_a_plan_has_is_not_drawn_as_all_it_has(refused, hrm, tmp_path, gen_len, asked, told):
+    path = tmp_path / "policy.json"
+    args = ["--prompt-len", 64, "--gen-len", gen_len, "--requests", 64]
+    assert hrm("estimate", *T4, *args, "-u", 8, "-n", 4, "--out", path)[0] == 0
+    assert told in refused("simulate", "--policy", path, *asked)
+
+
+@pytest.mark.parametrize(("gen_len", "steps"), [(2, "1 decode step:"), (16, "2 decode steps:")])
+def test_two_steps_are_drawn_if_there_are_two(hrm, gen_len, steps):
+    code, out, _ = hrm("simulate", *T4, "--prompt-len", 64, "--gen-len", gen_len, "--requests", 64, "--layers", 32)
+    assert code == 0
+    assert steps in " ".join(out.split())
+
+
 def test_tables_are_printed_for_people(hrm):
     for args in (["search", *T4, *LENGTHS], ESTIMATE, ["models"], ["profiles"], ["profiles", "4xT4", "--table"]):
         code, out, err = hrm(*args)
@@ -244,9 +270,16 @@ MISTAKES = {
     ),
     "less memory than a page for each GPU": (
         ["search", "--model", "dbrx", "--gpus", "2xT4", "--cpu-memory", "1B"],
-        "--cpu-memory is '1B': must lie between 8.19 kB and 10000 TB; give another",
+        "--cpu-memory is '1B': must lie between 8.19 kB and 1000000 TB; give another",
     ),
-    "more memory than any": ([*ESTIMATE, "--gpu-memory", "1000000TB"], "--gpu-memory is '1000000TB': must lie between"),
+    "more memory than any, to ask what more would do": (
+        ["whatif", *T4, "--gpu-memory", "1000000TB"],
+        "gpu-memory is <times 1.1>: gives the machine a figure that must be positive and at most 1e+18; change it less",
+    ),
+    "a faster link than any": (
+        [*ESTIMATE, "--set", "h2d-bandwidth=1e18B/s"],
+        "--set h2d-bandwidth is '1e18B/s': must lie between 1 B/s and 1000 TB/s; give another",
+    ),
     "more compute than any": (
         [*ESTIMATE, "--set", "cpu-flops=1e29FLOP/s"],
         "--set cpu-flops is '1e29FLOP/s': must lie between 1 FLOP/s and 100000 TFLOP/s",

@@ -10,6 +10,7 @@ from tests.hrm.support import machine
 
 T4 = ["--model", "mixtral-8x7b", "--gpus", "1xT4"]
 SMALL = ["--requests", "64", "--prompt-len", "64", "--gen-len", "16"]
+STEPS = "--steps is 64: must be at most 15, as many as there are"  # the first of 16 tokens is of prefill
 
 
 @pytest.mark.parametrize("ending", [".png", ".pdf"])
@@ -151,7 +152,9 @@ SWEEP = ["sweep", *T4, "--out", "a.png"]
         (["roofline", "--gpus", "1xT4", "--out", "none/a.png"], "No such file or directory"),
         (["roofline", "--gpus", "1xT4", "--dtype", "int4", "--out", "a.png"], "--dtype is 'int4'"),
         (["timeline", "--out", "a.png"], "--policy and --model is <neither>"),
-        (["timeline", *T4, "--layers", "99", "--out", "a.png"], "must lie within the 32 layers"),
+        (["timeline", *T4, "--layers", "99", "--out", "a.png"], "--layers is 99: must be at least 1 and at most 32"),
+        (["timeline", *T4, "--from-layer", "32", "--out", "a.png"], "--from-layer is 32: must be one of the 32 layers"),
+        (["timeline", *T4, *SMALL, "--steps", "64", "--out", "a.png"], STEPS),
         (["timeline", "--run", ".", "--schedule", "flexgen", "--out", "a.png"], "holds its own"),
         (["timeline", "--run", ".", "--gen-len", "0", "--out", "a.png"], "holds its own"),
         (["timeline", "--run", ".", "--out", "a.png"], "must be a run.json"),

@@ -15,7 +15,7 @@ from hrm.acts import NAMES
 from hrm.acts.decode import LOAD_PAGE
 from hrm.cli.timelines import fitting_all, in_order, of_run, of_schedules
 from hrm.costs import Costs
-from hrm.errors import TraceError
+from hrm.errors import PolicyError, TraceError
 from hrm.formats import Formats
 from hrm.memory import plan_memory
 from hrm.phases import decode_work, prefill_work, simulate_work
@@ -214,9 +214,10 @@ def test_windows_of_layers_side_by_side_hold_all_the_work_between_them():
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"last": 9}, "within the 4 layers"),
-        ({"first": 4}, "within the 4 layers"),
-        ({"first": 2, "last": 1}, "must reach layer 2"),
+        ({"last": 9}, "--layers is 10: must be at least 1 and at most 4, as many as there are from layer 0 on"),
+        ({"first": 4}, "--from-layer is 4: must be one of the 4 layers"),
+        ({"first": 3, "last": 4}, "--layers is 2: must be at least 1 and at most 1, as many as there are from layer 3"),
+        ({"first": 2, "last": 1}, "--layers is 0: must be at least 1"),
         ({"step": 5, "last": 0}, "the 0 layers"),
     ],
 )
@@ -322,6 +323,14 @@ def run(tmp_path) -> Path:
     )
     (tmp_path / "run.json").write_bytes(msgspec.json.encode(record))
     return tmp_path
+
+
+def test_no_more_steps_of_a_run_are_drawn_than_it_had(run):
+    for asked, drawn in ((None, 2), (3, 3)):
+        traces = of_run(run, Phase.DECODE, asked)[1]
+        assert [trace.num_steps for trace in traces.values()] == [drawn, drawn]
+    with pytest.raises(PolicyError, match="--steps is 4: must be at most 3, as many as there are"):
+        of_run(run, Phase.DECODE, 4)
 
 
 @pytest.mark.parametrize("phase", Phase)
