@@ -159,11 +159,12 @@ def _parts(node: object) -> list[tuple[str, object]]:
         items = cast("tuple[object, ...]", node)
         return [(_label(item, index), item) for index, item in enumerate(items)]
     if is_dataclass(node) and not isinstance(node, type):
+        named = {item.name: getattr(node, item.name) for item in fields(node)}
         if isinstance(node, HardwareProfile):  # short paths: `cpu.read_bytes_per_s`
-            disk = [("disk", node.disk)] if node.disk is not None else []
+            del named["levels"], named["links"], named["gpus"]
             gpus = [(f"gpu{index}", card) for index, card in enumerate(node.gpus)]
-            return [*_parts(node.levels), *_parts(node.links), *gpus, *disk]
-        return [(item.name, getattr(node, item.name)) for item in fields(node)]
+            return [*_parts(node.levels), *_parts(node.links), *gpus, *named.items()]
+        return list(named.items())
     return []
 
 

@@ -5,7 +5,19 @@ from collections.abc import Callable, Sequence
 from rich.table import Table
 
 from hrm.cli.console import as_is, console, plain_table
-from hrm.hardware import NOISY_SPREAD, Disk, Figure, GpuCard, HardwareProfile, Host, Link, MemoryLevel, Rate, Source
+from hrm.hardware import (
+    NOISY_SPREAD,
+    Disk,
+    Figure,
+    GpuCard,
+    HardwareProfile,
+    Host,
+    LaneThreads,
+    Link,
+    MemoryLevel,
+    Rate,
+    Source,
+)
 from hrm.profile_diff import figures_of
 from hrm.units import counted, format_bandwidth, format_bytes, format_flops, format_seconds
 
@@ -17,7 +29,8 @@ def print_profile(profile: HardwareProfile) -> None:
     gpus = f", {profile.num_gpus} GPUs as one level" if profile.num_gpus > 1 else ""
     unified = ", unified memory of GPU and CPU" if profile.unified_memory else ""
     console.print(f"[bold]{as_is(profile.name)}[/] ({profile.accelerator}{gpus}{unified})")
-    _print_levels(profile.levels, profile.disk, alike=1 if profile.gpus else profile.num_gpus)
+    alike = 1 if profile.gpus else profile.num_gpus
+    _print_levels(profile.levels, profile.disk, lane_threads=profile.lane_threads, alike=alike)
     if profile.links:
         _print_links(profile.links)
     for index, card in enumerate(profile.gpus):
@@ -62,7 +75,12 @@ def print_host(host: Host) -> None:
 
 
 def _print_levels(
-    levels: Sequence[MemoryLevel], disk: Disk | None = None, root_ports: Rate | None = None, *, alike: int = 1
+    levels: Sequence[MemoryLevel],
+    disk: Disk | None = None,
+    root_ports: Rate | None = None,
+    *,
+    lane_threads: LaneThreads | None = None,
+    alike: int = 1,
 ) -> None:
     """All levels; so many processors like the one that it names are behind the first."""
     table = _table("level", "planned with")
@@ -90,6 +108,8 @@ def _print_levels(
         for dtype, rate in level.processor.compute_flops_per_s.items():
             _add_rate(table, (f"  {as_is(dtype)}",), rate, format_flops, "tokens")
         _add_figure(table, "launch latency", level.processor.launch_latency_s, format_seconds)
+    if lane_threads is not None:
+        _add_figure(table, "running a task, of a core", lane_threads.task_s, format_seconds)
     if root_ports is not None:
         _add_rate(table, ("  root ports of all GPUs",), root_ports, format_bandwidth)
     if disk is not None:

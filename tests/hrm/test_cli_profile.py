@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 
 import pytest
 
@@ -45,7 +46,7 @@ def test_it_writes_a_profile_prints_it_and_leaves_nothing_else(hrm, tmp_path, sm
     assert profile.disk is not None
     assert profile.environment["command"] == "hrm " + " ".join(QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["machine.yaml"]
-    for line in ("decode attention", "launch latency", "L1 read", "disk", "spread: from the 20th"):
+    for line in ("decode attention", "launch latency", "L1 read", "disk", "running a task", "spread: from the 20th"):
         assert line in out
     assert "1 to 256 tokens" in out
     assert out.rstrip().endswith("written to machine.yaml")
@@ -57,9 +58,10 @@ def test_interrupted_it_keeps_what_it_has_and_says_how_to_go_on(hrm, tmp_path, s
         code, out, err = hrm(*QUICK)
     assert (code, out) == (130, "")
     last = err.rstrip().splitlines()[-1]
-    assert last == (
-        "interrupted; 3 of 19 measurements kept in machine.yaml.partial, no profile written;"
-        f" go on with: hrm {' '.join(QUICK)} --resume"
+    assert re.fullmatch(
+        r"interrupted; 3 of \d+ measurements kept in machine\.yaml\.partial, no profile written;"
+        f" go on with: hrm {' '.join(QUICK)} --resume",
+        last,
     )
     assert [path.name for path in tmp_path.iterdir()] == ["machine.yaml.partial"]
 

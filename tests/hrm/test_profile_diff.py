@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hrm.hardware import Cache, Disk, Figure, HardwareProfile, MemoryLevel, Rate, Source
+from hrm.hardware import Cache, Disk, Figure, HardwareProfile, LaneThreads, MemoryLevel, Rate, Source
 from hrm.machines import compose, save_profile
 from hrm.profile_diff import FigureDiff, Verdict, diff_profiles, figures_of
 from tests.hrm.profiling.fakes import figures_of as figures_found_otherwise
@@ -30,6 +30,7 @@ def full_machine() -> HardwareProfile:
     return replace(
         profile,
         levels=(profile.top, host),
+        lane_threads=LaneThreads(cores=2, task_s=figure),
         disk=Disk(path="/", capacity_bytes=figure, read_bytes_per_s=Rate(achieved=figure)),
     )
 
@@ -54,6 +55,7 @@ def test_names_can_be_read():
         "cpu->gpu pinned.bandwidth_bytes_per_s.achieved",
         "cpu->gpu pinned.latency_s",
         "disk.read_bytes_per_s.achieved",
+        "lane_threads.task_s",
     } <= set(names)
 
 

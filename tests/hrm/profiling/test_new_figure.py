@@ -25,7 +25,10 @@ class FaultingLevel(MemoryLevel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultingProfile(HardwareProfile):
+    """A machine of such levels, which takes so much power where it does nothing."""
+
     levels: tuple[FaultingLevel, ...]
+    idle_w: Figure | None = None
 
 
 def fields_of(node: Any) -> dict[str, Any]:
@@ -59,6 +62,13 @@ def test_a_figure_is_measured_saved_loaded_checked_and_compared(tmp_path):
     assert [found.name for found in different] == ["gpu.page_fault_s", "cpu.page_fault_s"]
     with pytest.raises(ProfileError, match="page_fault_s"):
         faulting(compose("1xL4"), replace(figure, value=-1.0))
+
+
+def test_a_figure_of_the_whole_machine_is_compared_like_one_of_a_level():
+    idle = Figure(value=60.0, source=Source.MEASURED)
+    quiet = replace(faulting(compose("1xL4"), measured()), idle_w=idle)
+    found = diff_profiles(quiet, replace(quiet, idle_w=replace(idle, value=90.0))).different
+    assert [one.name for one in found] == ["idle_w"]
 
 
 def test_old_profiles_still_load(tmp_path):
