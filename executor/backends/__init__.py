@@ -56,6 +56,7 @@ def _null(*_: object) -> AbstractBackend:
     return NullBackend()
 
 
+# By the name that is asked for; `name:K` is asked for with any number, or with none.
 BACKENDS: Final[dict[str, Make]] = {"emulated": _emulated, "cpu": _cpu, "cuda:K": _cuda, "null": _null}
 
 
@@ -68,8 +69,8 @@ def make_backend(
     a device that is not there, and for `emulated` without a machine.
     """
     automatic = "cpu" if machine is None else "emulated"
-    name = {"auto": automatic, "cuda": "cuda:K"}.get(accelerator, accelerator)
-    make = BACKENDS.get("cuda:K" if name.startswith("cuda:") else name)
+    name = automatic if accelerator == "auto" else accelerator
+    make = BACKENDS.get(name) or BACKENDS.get(f"{name.partition(':')[0]}:K")
     if make is None:
         known = ("auto", *BACKENDS)
         rule = f"must be one of {', '.join(known)}"

@@ -41,7 +41,9 @@ class EmulatedMachine:
 class AbstractBackend(ABC):
     """Memory, transfers and threads of one accelerator; implementations are final.
 
-    `description` says in words what the run runs on, and `library_bytes` what libraries hold of the
+    `description` says in words what the run runs on. It `computes` unless tasks only take their time; where it
+    `is_emulated`, its link is held to a pace that may be asked for; and where it `has_own_memory`, the GPU's level is a
+    device's and not the host's, which a policy for two levels needs. `library_bytes` are what libraries hold of the
     GPU's memory beside all that is planned; the paces are those that an emulated link is held to.
     `streams` are of the lanes whose tasks are queued on a device, and `gpu_kernels` compute on the
     GPU's level. `waits` are what lanes sleep in where time is emulated. `told` is called with the bytes of every piece
@@ -50,6 +52,9 @@ class AbstractBackend(ABC):
 
     name: str
     description: str
+    computes: bool = True
+    is_emulated: bool = False
+    has_own_memory: bool = False
     library_bytes: int = 0
     h2d_bytes_per_s: float | None = None
     d2h_bytes_per_s: float | None = None

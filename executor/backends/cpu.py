@@ -55,6 +55,7 @@ class EmulatedBackend(AbstractBackend):
         sleep: Callable[[float], object] | None = None,
     ) -> None:
         self.name = "emulated"
+        self.is_emulated = True
         self.waits = self._waits = Waits()
         self.description = (
             f"emulated on the CPU: {format_bytes(machine.gpu_memory_bytes)}, host to device "

@@ -93,6 +93,7 @@ class CudaBackend(AbstractBackend):
                 "use --accelerator emulated or cpu" if not count else "correct it",
             )
         self.name = "cuda"
+        self.has_own_memory = True
         self._device = torch.device("cuda", index)
         properties = cuda.get_device_properties(self._device)
         self.gpu_name = str(properties.name)

@@ -140,9 +140,9 @@ def prepare(
     for each in plans:
         each.check_fits()
     _check_link(backend, options)
-    if backend.name == "cuda":
-        _check_for_cuda(name, profile)
-        backend.check_dtype(policy.dtype)
+    if backend.has_own_memory:
+        _check_levels(name, profile)
+    backend.check_dtype(policy.dtype)
     backend.check_room(plan.gpu.planned_bytes)
     needed_bytes = sum(_host_bytes(each, backend) for each in plans)
     available = available_ram_bytes() + backend.kept_host_bytes()
@@ -158,9 +158,9 @@ def prepare(
 
 def _host_bytes(plan: MemoryPlan, backend: AbstractBackend) -> int:
     """What a run takes of this machine's memory."""
-    if backend.name == "null":
+    if not backend.computes:
         return 0
-    levels = (plan.cpu,) if backend.name == "cuda" else (plan.gpu, plan.cpu)
+    levels = (plan.cpu,) if backend.has_own_memory else (plan.gpu, plan.cpu)
     return sum({level.name: level.planned_bytes for level in levels}.values())
 
 
@@ -197,7 +197,7 @@ def accelerator_for(name: str, profile: HardwareProfile) -> str:
     return name
 
 
-def _check_for_cuda(name: str, profile: HardwareProfile) -> None:
+def _check_levels(name: str, profile: HardwareProfile) -> None:
     if not profile.has_accelerator:
         raise RunError(
             "--accelerator",
@@ -208,7 +208,7 @@ def _check_for_cuda(name: str, profile: HardwareProfile) -> None:
 
 
 def _check_link(backend: AbstractBackend, options: AcceleratorOptions) -> None:
-    if options.link_bytes_per_s is not None and backend.name in {"cpu", "cuda"}:
+    if options.link_bytes_per_s is not None and backend.computes and not backend.is_emulated:
         raise RunError(
             "--link-bandwidth",
             f"<{format_bandwidth(options.link_bytes_per_s)}>",

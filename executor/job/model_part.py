@@ -58,7 +58,7 @@ class ModelPart:
         Where nothing is computed, it sleeps as long as is predicted of this part. At most so many spans are kept.
         """
         backend, planned = prepared.backend, prepared.planned
-        if backend.name == "null":
+        if not backend.computes:
             seconds_of = predicted_seconds(self.policy_file, planned.policy)
             return NullGenerator(backend, self.arch, planned, seconds_of, max_spans)
         return Generator(

@@ -214,7 +214,7 @@ def accelerator_record(backend: AbstractBackend, pageable: tuple[str, ...]) -> A
     """What it was run on, and what crossed the link from memory that is not pinned."""
     return AcceleratorRecord(
         name=backend.name,
-        emulated=backend.name == "emulated",
+        emulated=backend.is_emulated,
         description=backend.description,
         cpu_kernels=native.description(),
         h2d_bytes_per_s=backend.h2d_bytes_per_s,

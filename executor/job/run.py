@@ -49,7 +49,7 @@ def run_job(options: JobOptions, progress: JobProgress | None = None) -> RunReco
     with (
         _opened(options, policy_file, progress) as model,
         launching_model(options.accelerator, model, options.gpus) as launch,
-        _begun(options, [policy_file], model, computed=launch.prepared.backend.name != "null") as (job, identity),
+        _begun(options, [policy_file], model, computed=launch.prepared.backend.computes) as (job, identity),
     ):
         return job.run(progress, launch) if job.prepare(progress, identity) else None
 

@@ -93,7 +93,7 @@ class Pulse(msgspec.Struct, kw_only=True):
             tasks=tuple(texts),
             waits=len(works) < len(texts),
             works=tuple(works),
-            cpu_s=0.0 if generator.backend.name == "cuda" else time.process_time(),
+            cpu_s=0.0 if generator.backend.has_own_memory else time.process_time(),
         )
 
 
