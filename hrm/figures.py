@@ -124,6 +124,7 @@ def _interpolator(curve: tuple[tuple[float, float], ...]) -> Callable[[Number], 
 
     log_sizes, values = np.log([size for size, _ in curve]), np.array([value for _, value in curve])
 
+    @np.errstate(divide="ignore")  # of nothing at all, which takes the curve's first value
     def values_at(sizes: Number) -> Number:
         return np.interp(np.log(sizes), log_sizes, values)  # pyright: ignore[reportUnknownVariableType]
 

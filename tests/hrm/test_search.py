@@ -428,6 +428,14 @@ def test_where_experts_may_be_in_prefill_is_asked_of_a_search():
         search(Space(spec, profile, WORKLOAD, ffn=Device.GPU, prefill_ffn=Device.CPU))
 
 
+def test_requests_that_end_with_their_first_token_are_planned_for(recwarn):
+    """Most slots of a batch are then empty in decode, and rates of no rows at all are asked for."""
+    workload = replace(WORKLOAD, mean_gen_len=1.0)
+    best = search(Space(tiny_spec(), compose("1xT4"), workload, dtype="float16")).require()
+    assert best.generated_tokens == workload.num_requests
+    assert not recwarn.list
+
+
 def test_a_model_that_does_not_fit_says_what_to_change():
     result = search(Space(BUILT_IN_MODELS["dbrx"], machine(gpu_bytes=1e9, cpu_bytes=4e11), WORKLOADS["mtbench"]))
     assert result.outcome is Outcome.INFEASIBLE
