@@ -6,7 +6,7 @@ A broken invariant of ours is an `assert`, never one of these.
 import re
 from collections.abc import Iterable, Mapping
 from reprlib import Repr
-from typing import Final
+from typing import Any, Final
 
 MAX_SHOWN: Final = 200  # characters of a value, or of where it stands, in a message
 MAX_RULE: Final = 2000  # a rule may list all GPUs that are known
@@ -71,6 +71,10 @@ class HrmError(ValueError):
         shown = f"{one_line(where, MAX_SHOWN)} is {brief_value(value)}"
         super().__init__(f"{shown}: {one_line(rule)}; {one_line(remedy)}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it comes from another process as it was, whatever a subclass is made of."""
+        return _restored, (type(self), self.args, self.__dict__)
+
     def of_options(self, options: Mapping[str, str]) -> "HrmError":
         """The same of what was typed (`--gen-len`), where `options` tell which option gives the field (`gen_len`).
 
@@ -80,6 +84,12 @@ class HrmError(ValueError):
             return self
         rule = _FIELD.sub(lambda name: options.get(name[0], name[0]), self.rule)
         return type(self)(options[self.field], self.value, rule, self.remedy)
+
+
+def _restored(kind: type[HrmError], args: tuple[Any, ...], attributes: dict[str, Any]) -> HrmError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class UnitError(HrmError):

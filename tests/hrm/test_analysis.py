@@ -20,10 +20,10 @@ from hrm.analysis import (
     policy_map,
     what_if,
 )
-from hrm.analysis.rows import in_processes
+from hrm.analysis.rows import in_processes, searched
 from hrm.causes import Cause
 from hrm.cli.analysis import map_text
-from hrm.errors import HrmError
+from hrm.errors import HrmError, PolicyError
 from hrm.estimate import estimate
 from hrm.scaling import Resource, resources, scale, with_resource
 from hrm.search import Space, search
@@ -80,6 +80,19 @@ def test_searches_divided_among_processes_find_what_one_does(monkeypatch):
         divided = front_of_latency(space, requests=[1, 7, 40, 64], on_point=lambda: calls.append(active_children()))
     assert alone.equals(divided)
     assert [len(children) for children in calls] == [0, 2, 2, 2]
+    assert not active_children()
+
+
+@pytest.mark.parametrize("lost", ["in the first", "in another process"])
+def test_a_mistake_found_in_another_process_is_told_as_it_is(monkeypatch, lost):
+    """A pool whose results cannot be read waits for them without end."""
+    fine = Space(SPEC, small(), WORKLOAD)
+    wrong = replace(fine, experts_per_part=SPEC.num_experts + 1)
+    spaces = [wrong, fine] if lost == "in the first" else [fine, fine, wrong]
+    monkeypatch.setattr("hrm.analysis.rows._WORTH_S", 0.0)
+    with in_processes(2), pytest.raises(PolicyError, match=r"--experts-per-part is .*: must be at most") as caught:
+        list(searched(spaces, None))
+    assert (caught.value.where, caught.value.value) == ("--experts-per-part", SPEC.num_experts + 1)
     assert not active_children()
 
 
