@@ -39,7 +39,7 @@ class MachineChoice:
     @property
     def is_named(self) -> bool:
         """Whether a machine is named, not only changed."""
-        return any((self.profile, self.gpus, self.host))
+        return any(name is not None for name in (self.profile, self.gpus, self.host))
 
     def machines(self) -> list[HardwareProfile]:
         """The machines that --gpus lists, or the one of --profile, with the changes made to each.

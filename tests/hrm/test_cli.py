@@ -143,6 +143,14 @@ def test_more_than_a_plan_has_is_not_drawn_as_all_it_has(refused, hrm, tmp_path,
     assert told in refused("simulate", "--policy", path, *asked)
 
 
+@pytest.mark.parametrize("option", ["--gpus", "--host", "--profile"])
+def test_a_machine_without_a_name_does_not_go_unheard(refused, hrm, tmp_path, option):
+    """As a variable of the shell's gives it that is not set; the policy's own machine would be taken for it."""
+    path = tmp_path / "policy.json"
+    assert hrm(*ESTIMATE, "--out", path)[0] == 0
+    assert f"{option} is ''" in refused("simulate", "--policy", path, f"{option}=")
+
+
 @pytest.mark.parametrize(("gen_len", "steps"), [(2, "1 decode step:"), (16, "2 decode steps:")])
 def test_two_steps_are_drawn_if_there_are_two(hrm, gen_len, steps):
     code, out, _ = hrm("simulate", *T4, "--prompt-len", 64, "--gen-len", gen_len, "--requests", 64, "--layers", 32)
