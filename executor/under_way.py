@@ -17,6 +17,7 @@ from executor.handlers import (
     Generated,
     Handover,
     PrefillHandlers,
+    Prompts,
     RunMemory,
     StageDecode,
     StagePrefill,
@@ -55,10 +56,17 @@ class UnderWay:
 
     def prefill_handlers(self) -> Mapping[Act, Handler]:
         """What the tasks of its prefill do."""
-        given = self.backend, self.arch, self.policy, self.prefill, self.memory, self.state, self.group, self.chunks
+        prompts = Prompts.write(self.chunks, self.memory.prefill)
         if self._handover is None:
-            return PrefillHandlers.of(*given).by_act()
-        return StagePrefill(PrefillHandlers.of(*given, choose=self._keep_first), self._handover).by_act()
+            return PrefillHandlers(*self._given(self.prefill), prompts).by_act()
+        own = PrefillHandlers(*self._given(self.prefill), prompts, choose=self._keep_first)
+        return StagePrefill(own, self._handover).by_act()
+
+    def _given(
+        self, pipeline: Pipeline
+    ) -> tuple[AbstractBackend, Architecture, Policy, Pipeline, RunMemory, BatchState, Group]:
+        """What the handlers of a phase work with."""
+        return self.backend, self.arch, self.policy, pipeline, self.memory, self.state, self.group
 
     def _keep_first(self, hidden_RD: Tensor, sequences: Sequence[Generated]) -> None:
         assert self._handover is not None
@@ -73,8 +81,7 @@ class UnderWay:
 
     def decode_handlers(self, pipeline: Pipeline, batches: int) -> Mapping[Act, Handler]:
         """What the tasks of its steps do, which take turns with those of so many batches."""
-        given = self.backend, self.arch, self.policy, pipeline, self.memory, self.state, self.group
-        own = DecodeHandlers.of(*given, batches=batches)
+        own = DecodeHandlers(*self._given(pipeline), batches=batches)
         return own.by_act() if self._handover is None else StageDecode(own, self._handover).by_act()
 
     def end(self, num_steps: int) -> None:

@@ -1,4 +1,4 @@
-"""What comes after attention in a layer, in both phases and on either processor.
+"""What the handlers of both phases work with, and what comes after attention in a layer on either processor.
 
 T tokens, D hidden.
 """
@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from executor.backends import AbstractBackend
+from executor.group import Group
 from executor.handlers.memory import Routed, RunMemory
 from executor.handlers.state import BatchState
-from executor.model import Architecture, Experts, Routing, run_experts
+from executor.model import Architecture, Experts, Mixer, Routing, run_experts
 from executor.weight_pages import LayerWeights
+from hrm.acts.pages import WEIGHTS
 from hrm.acts.parts import PARTS
+from hrm.policy import Policy
 from hrm.schedules import Pipeline
 from hrm.tasks import Task
 
@@ -29,20 +32,28 @@ class UnderWay:
 
 
 @dataclass(frozen=True, slots=True)
-class FeedForwards:
-    """The FFNs of all layers, which count where tokens are routed to.
+class PhaseHandlers:
+    """What tasks of one phase of a batch work with, and the FFNs of all layers, which count where tokens are routed to.
 
     Where a layer's experts stream in parts, the tokens under way wait for the last one.
     """
 
     backend: AbstractBackend
     arch: Architecture
+    policy: Policy
     pipeline: Pipeline
     memory: RunMemory
     state: BatchState
-    under_way: list[UnderWay] = field(default_factory=list[UnderWay])
+    group: Group
+    under_way: list[UnderWay] = field(default_factory=list[UnderWay], kw_only=True)
 
-    def on_gpu(self, layer: int, hidden_TD: Tensor, weights: LayerWeights, to_cpu: Routed | None) -> None:
+    def _mixer(self, x: Task) -> Mixer:
+        return self.arch.layers[x.id.layer].mixer
+
+    def _weights(self, x: Task) -> LayerWeights:
+        return self.memory.weights.layer(x.id.layer, x.slot(WEIGHTS))
+
+    def ffn_on_gpu(self, layer: int, hidden_TD: Tensor, weights: LayerWeights, to_cpu: Routed | None) -> None:
         """The whole, or where the CPU computes experts all before these and the ones that the GPU has.
 
         What it takes to go on goes `to_cpu` then, or waits here where experts come in parts.
@@ -99,7 +110,7 @@ class FeedForwards:
         if counts:
             self.state.count_routed(layer, counted)
 
-    def on_cpu(self, layer: int, routed: Routed, out_TD: Tensor) -> None:
+    def ffn_on_cpu(self, layer: int, routed: Routed, out_TD: Tensor) -> None:
         """Add to `out_TD` what comes of the experts that stay on the host, and of all that is pending."""
         memory, ffn, workspace = self.memory, self.arch.layers[layer].ffn, self.memory.host_workspace
         pages = memory.weights.of_layer(layer)
