@@ -19,7 +19,6 @@ from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 from executor.model.attention import prefill_attention
-from executor.model.feed_forward import SILU, Glu, Routing
 from executor.model.kernels import AbstractKernels
 from executor.model.kv_attention import attend_to_codes
 from executor.model.kv_rows import is_quantised
@@ -28,6 +27,7 @@ from executor.model.linear import multiply
 from executor.model.numbers import PromptNumbers, RowNumbers
 from executor.model.softmax import PLAIN, Softmax, attend
 from executor.model.workspace import Workspace
+from executor.native.experts import SILU, Glu, Routing
 from hrm.layers import GroupedQueryAttention
 from hrm.units import MIB
 

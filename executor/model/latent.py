@@ -20,6 +20,7 @@ from executor.model.kv_rows import dequantised, gathered, is_quantised
 from executor.model.numbers import RowViews
 from executor.model.workspace import Workspace
 from executor.native import kernels
+from executor.native.mixers import SplitQuery
 from hrm.contract.temporaries import MASK_BLOCK_TOKENS
 from hrm.layers import LatentAttention
 
@@ -35,10 +36,9 @@ def decode_on_host(
     out_RHv: Tensor,
 ) -> None:
     """Attention of one new token per request, by the native kernel or request by request."""
-    nope, rope = query_RHk.split((block.nope_head_dim, block.rope_head_dim), dim=2)
-    native = kernels()
-    if native is not None and native.takes_latent(nope, rope, cache_CL, kv_up, out_RHv):
-        native.latent_attention(nope, rope, cache_CL, kv_up, starts, lengths, scale, out_RHv)
+    native, query = kernels(), SplitQuery(*query_RHk.split((block.nope_head_dim, block.rope_head_dim), dim=2))
+    if native is not None and native.takes_latent(query, cache_CL, kv_up, out_RHv):
+        native.latent_attention(query, cache_CL, kv_up, starts, lengths, scale, out_RHv)
         return
     if is_quantised(cache_CL):
         for r, (start, length) in enumerate(zip(starts, lengths, strict=True)):

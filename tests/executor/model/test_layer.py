@@ -190,9 +190,9 @@ def test_contexts_for_which_torch_is_faster_are_its_own(monkeypatch):
     monkeypatch.setattr(
         native.Kernels,
         "decode_attention",
-        lambda self, qkv, cache, starts, lengths, out, **how: (
+        lambda self, qkv, cache, starts, lengths, out, *how: (
             seen.append(len(cache)),
-            attend(self, qkv, cache, starts, lengths, out, **how),
+            attend(self, qkv, cache, starts, lengths, out, *how),
         ),
     )
     for context in (300, 301):
