@@ -9,8 +9,8 @@ from torch import Tensor
 from executor.backends import AbstractBackend
 from executor.batching import Chunk
 from executor.engine import PhaseResult
-from executor.group import Group
-from executor.group.stages import Stages
+from executor.group import Alone, Group
+from executor.group.stages import OneStage, Stages
 from executor.handlers import (
     BatchState,
     DecodeHandlers,
@@ -32,6 +32,15 @@ from hrm.tasks import Act
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """The processes that run a model together with this one: a group to sum up with, or the stages of a pipeline."""
+
+    group: Group = field(default_factory=Alone)
+    stages: Stages = field(default_factory=OneStage)
+
+
+@final
 @dataclass(slots=True)
 class UnderWay:
     """One batch, with its own caches in the memory that all share.
@@ -44,15 +53,15 @@ class UnderWay:
     policy: Policy
     memory: RunMemory
     state: BatchState
-    group: Group
-    stages: Stages
+    peers: Peers
     chunks: tuple[Chunk, ...]
     prefill: Pipeline
     prefilled: PhaseResult | None = None
     _handover: Handover | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._handover = Handover(self.stages, self.state) if self.stages.size > 1 else None
+        stages = self.peers.stages
+        self._handover = Handover(stages, self.state) if stages.size > 1 else None
 
     def prefill_handlers(self) -> Mapping[Act, Handler]:
         """What the tasks of its prefill do."""
@@ -66,11 +75,11 @@ class UnderWay:
         self, pipeline: Pipeline
     ) -> tuple[AbstractBackend, Architecture, Policy, Pipeline, RunMemory, BatchState, Group]:
         """What the handlers of a phase work with."""
-        return self.backend, self.arch, self.policy, pipeline, self.memory, self.state, self.group
+        return self.backend, self.arch, self.policy, pipeline, self.memory, self.state, self.peers.group
 
     def _keep_first(self, hidden_RD: Tensor, sequences: Sequence[Generated]) -> None:
         assert self._handover is not None
-        chosen = choices(self.arch, self.memory, self.group, hidden_RD, sequences)
+        chosen = choices(self.arch, self.memory, self.peers.group, hidden_RD, sequences)
         self._handover.keep(sequences, *chosen)
 
     def end_prefill(self) -> None:

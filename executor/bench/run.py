@@ -25,6 +25,7 @@ from executor.job.report import Totals, run_record
 from executor.loading import Loading
 from executor.null_generator import NullGenerator
 from executor.sampling import SamplingParams
+from executor.weight_pages import StoredWeights
 from hrm.acts.decode import CPU_EXPERTS
 from hrm.errors import PolicyError
 from hrm.estimate import Estimate, estimate
@@ -123,7 +124,7 @@ class Bench:
         spans are kept, of the first steps.
         """
         policy_file = replace(self.policy_file, policy=replace(self.policy_file.policy, schedule=schedule))
-        own = ModelPart.of(self._source, self._family, self._arch, policy_file)
+        own = ModelPart.of(StoredWeights(self._source, self._family), self._arch, policy_file)
         job = RankJob(
             model=self._located and self._located.folder,
             model_name=self._located.name if self._located else "",
