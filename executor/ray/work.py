@@ -11,7 +11,7 @@ from executor.errors import RunError
 from executor.handlers import ERROR
 from executor.job.options import JobOptions
 from executor.job.progress import JobProgress
-from executor.job.report import versions
+from executor.job.report import Ending, versions
 from executor.job.run import TRACE_JSON
 from executor.job.trace_file import TraceFile
 from executor.job.writer import OutputWriter
@@ -61,12 +61,12 @@ class FleetWork:
         finally:
             self._trace.end(folder / TRACE_JSON)
 
-    def record(self, outcome: str, message: str | None) -> FleetRecord:
+    def record(self, ending: Ending) -> FleetRecord:
         """What run.json holds of it."""
         seconds = self._last_s - self._first_s
         return FleetRecord(
-            outcome=outcome,
-            message=message,
+            outcome=ending.outcome,
+            message=ending.message,
             started=self._started.isoformat(timespec="seconds"),
             ended=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=seconds,
