@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from hrm.catalog import Part, find_file, is_path, kind_of, kind_words
 from hrm.decoding import read_yaml
@@ -166,7 +166,7 @@ def one_part(profile: HardwareProfile, *, is_stage: bool) -> HardwareProfile:
     GPUs are not all alike, it has of everything as little as any of them has while all are in use.
     """
     count = profile.num_gpus
-    part = _times(profile, 1 / count, note=f"one of {count} parts")
+    part = _Times(1 / count, f"one of {count} parts").of(profile)
     if profile.gpus:
         part = _with_gpu(part, smallest_of(at_once(profile)))
     return replace(
@@ -181,18 +181,18 @@ def one_part(profile: HardwareProfile, *, is_stage: bool) -> HardwareProfile:
 def stage_part(profile: HardwareProfile, index: int, share: float) -> HardwareProfile:
     """The stage of a pipeline on the GPU of that number, with such a share of the host."""
     count = profile.num_gpus
-    part = _times(profile, 1 / count, note=f"one of {count} parts")
-    if profile.gpus:
-        part = _with_gpu(part, at_once(profile)[index])
-    host = _times(profile, share, note=f"{share:.3g} of it")
-    of_host = {(link.source, link.kind): link for link in host.links if link.kind == "staging"}
+    of_gpu, of_host = _Times(1 / count, f"one of {count} parts"), _Times(share, f"{share:.3g} of it")
+    card = at_once(profile)[index] if profile.gpus else None
+    within = [link for link in profile.links if link.source == link.target and link.kind != "peer"]
+    crossing = [link for link in profile.links if link.source != link.target]
     return replace(
-        part,
+        profile,
         name=f"GPU {index} of {profile.name}",
         num_gpus=1,
         num_stages=count,
-        levels=(part.top, host.host),
-        links=tuple(of_host.get((link.source, link.kind), link) for link in part.links if link.kind != "peer"),
+        gpus=(),
+        levels=(card.level if card else of_gpu.level(profile.top), of_host.level(profile.host)),
+        links=(*((card.h2d, card.d2h) if card else map(of_gpu.link, crossing)), *map(of_host.link, within)),
     )
 
 
@@ -216,29 +216,30 @@ def with_host_memory(part: HardwareProfile, usable_bytes: int, pinned_bytes: int
 
 def of_parts(part: HardwareProfile, count: int, peer: Link) -> HardwareProfile:
     """The machine of which that is one rank's part, see `one_part`: so many GPUs with such a link between them."""
-    whole = _times(part, count)
+    whole = _Times(count).of(part)
     return replace(whole, num_gpus=count, links=(*whole.links, peer))
 
 
-def _times(profile: HardwareProfile, factor: float, note: str = "") -> HardwareProfile:
-    """The machine with so many times everything but the links between its GPUs, none of which is told by itself."""
+class _Times(NamedTuple):
+    """So many times as much of everything but of the links between GPUs."""
 
-    def times(figure: Figure) -> Figure:
-        return figure.times(factor, note=note)
+    factor: float
+    note: str = ""
 
-    def link_times(link: Link) -> Link:
+    def level(self, level: MemoryLevel) -> MemoryLevel:
+        return change_level(level, lambda figure: figure.times(self.factor, note=self.note))
+
+    def link(self, link: Link) -> Link:
         if link.kind == "peer":
             return link
-        size_factor = 1.0 if link.kind == "staging" else factor
-        rate = link.bandwidth_bytes_per_s.each(lambda f: f.times(factor, note=note, size_factor=size_factor))
+        sizes = 1.0 if link.kind == "staging" else self.factor
+        rate = link.bandwidth_bytes_per_s.each(lambda f: f.times(self.factor, note=self.note, size_factor=sizes))
         return replace(link, bandwidth_bytes_per_s=rate)
 
-    return replace(
-        profile,
-        gpus=(),
-        levels=tuple(change_level(level, times) for level in profile.levels),
-        links=tuple(map(link_times, profile.links)),
-    )
+    def of(self, profile: HardwareProfile) -> HardwareProfile:
+        """The whole machine so, of which none of the GPUs is told by itself."""
+        levels, links = map(self.level, profile.levels), map(self.link, profile.links)
+        return replace(profile, gpus=(), levels=tuple(levels), links=tuple(links))
 
 
 def with_memory(

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING, ClassVar, Final, final
 
@@ -235,8 +235,9 @@ def _asked(decoder: Decoder, trial: "optuna.Trial") -> Parameters:
 
 
 def study_name(space: Space) -> str:
-    """The name of the study of a space: a hash of all that is fixed."""
-    fixed = msgspec.json.encode((ENCODING, space), order="sorted")
+    """The name of the study of a space: a hash of all that is fixed, whatever is known of other spaces."""
+    asked = replace(space, known_tokens_per_s=0.0, kinds_left=None)
+    fixed = msgspec.json.encode((ENCODING, asked), order="sorted")
     return f"hrm-{hashlib.sha256(fixed).hexdigest()[:16]}"
 
 

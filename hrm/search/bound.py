@@ -35,7 +35,7 @@ from hrm.search.regions import CHUNK, KV, NUMBER, RESIDENT, SIZE, Floats, Region
 from hrm.search.result import OPTIMAL_GAP
 from hrm.search.room import Room
 from hrm.search.smooth import smoothed
-from hrm.search.space import Space
+from hrm.search.space import Kind, KvPlace, Space
 
 LARGEST: Final = 2.0**24  # micro-batch size, number of micro-batches
 BUDGET: Final = 16_000  # regions; so many more, up to the second, only as long as they may tell
@@ -57,11 +57,12 @@ PhaseTerms = list[tuple[Floats, Floats]]  # weights of (contexts, 1), terms of (
 class Bound:
     """No policy of the space generates more than `tokens_per_s`; 0 if none fits.
 
-    `regions` were looked at.
+    `regions` were looked at. Policies that are better than what is known, if there are any, are of these `kinds`.
     """
 
     tokens_per_s: float
     regions: int
+    kinds: frozenset[Kind] = frozenset()
 
 
 def upper_bound(space: Space, known_tokens_per_s: float = 0.0, most_regions: int = LARGEST_BUDGET) -> Bound:
@@ -73,11 +74,12 @@ def upper_bound(space: Space, known_tokens_per_s: float = 0.0, most_regions: int
     regions = bounder.everything()
     enough = known_tokens_per_s * (1 + CLOSE)
     regions, ceilings = bounder.bounded(regions)
-    looked_at, settled = len(ceilings), 0.0
+    looked_at, settled, kinds = len(ceilings), 0.0, frozenset[Kind]()
     highest: list[tuple[int, float]] = []  # ceiling when so many had been looked at
     while len(ceilings):
         small = (ceilings <= enough) | bounder.cannot_halve(regions)
         settled = max(settled, float(ceilings[small].max(initial=0.0)))
+        kinds |= bounder.kinds_in(regions.take(small & (ceilings > enough)))
         regions, ceilings = regions.take(~small), ceilings[~small]
         if not len(ceilings) or looked_at >= most_regions:
             break
@@ -91,7 +93,8 @@ def upper_bound(space: Space, known_tokens_per_s: float = 0.0, most_regions: int
         halves, of_halves = bounder.bounded(halves)
         regions = regions.take(rest).and_also(halves)
         ceilings = np.concatenate([ceilings[rest], of_halves])
-    return Bound(max(settled, float(ceilings.max(initial=0.0))), looked_at)
+    kinds |= bounder.kinds_in(regions)
+    return Bound(max(settled, float(ceilings.max(initial=0.0))), looked_at, kinds)
 
 
 def _is_enough(highest: Sequence[tuple[int, float]], known_tokens_per_s: float) -> bool:
@@ -159,6 +162,19 @@ class Bounder:
             low=np.stack([ones, ones, kv_low * ones, columns[4], ones]),
             high=np.stack([most * ones, number * ones, ones, columns[5], chunk * ones]),
         )
+
+    def kinds_in(self, regions: Regions) -> frozenset[Kind]:
+        """The kinds of policies that regions may hold; with all experts resident, of the GPU's FFN if it may."""
+        devices, (low, high) = self.space.devices(), (regions.low[KV], regions.high[KV])
+        of_place = {KvPlace.NONE: low <= 0, KvPlace.SOME: (low < 1) & (high > 0), KvPlace.ALL: high >= 1}
+        found: set[Kind] = set()
+        for kind in self.space.kinds():
+            held = of_place[kind.kv] & ((regions.gpu_attention == kind.gpu_attention) | (kind.kv is KvPlace.ALL))
+            if (kind.gpu_attention, 1) in devices:
+                held &= regions.gpu_ffn == kind.gpu_ffn
+            if held.any():
+                found.add(kind)
+        return frozenset(found)
 
     def bounded(self, regions: Regions) -> tuple[Regions, Floats]:
         """The regions that may fit, made smaller, and the tokens a second that they may reach."""

@@ -80,18 +80,43 @@ class _OnStage(NamedTuple):
     pinned_bytes: Ints
 
 
+class _Stages:
+    """The spaces of stages that may each have all of the host's memory to itself, made once."""
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        self.known: dict[tuple[int, range], Space] = {}
+
+    def of(self, index: int, layers: range) -> Space:
+        gpu = index if self.space.profile.gpus else 0  # GPUs that are alike have like stages
+        if (gpu, layers) not in self.known:
+            self.known[gpu, layers] = self._made(index, layers)
+        return self.known[gpu, layers]
+
+    def _made(self, index: int, layers: range) -> Space:
+        own, host = space_of_stage(self.space, index, layers), self.space.profile.host
+        sizes = {name: getattr(host, name) for name in ("capacity_bytes", "reserve_bytes", "pinnable_bytes")}
+        levels = (own.profile.top, replace(own.profile.host, **sizes))
+        return replace(own, profile=replace(own.profile, levels=levels))
+
+
 class _Tried:
     """Candidates of one kind, what they do on stages of any lengths worked out for all of them at once.
 
     A place has one candidate for each way to keep projections and to compute experts in prefill.
     """
 
-    def __init__(self, space: Space, kind: Kind, places: Ints) -> None:
-        self.space, self.kind, self.places = space, kind, places
+    def __init__(self, stages: _Stages, kind: Kind, places: Ints) -> None:
+        self.stages, self.kind, self.places = stages, kind, places
         self.known: dict[Form, _OnStage] = {}
-        first = _own_space(space, 0, range(space.spec.num_layers))
+        first = stages.of(0, range(self.space.spec.num_layers))
         self.grid = make_grid(first, kind, places)  # of which only what all stages share is used
         self.tokens = tokens_per_batch(first, self.grid.batch_size)
+
+    @property
+    def space(self) -> Space:
+        """That of the whole machine."""
+        return self.stages.space
 
     @staticmethod
     def of(space: Space, policies: Sequence[Policy]) -> "_Tried":
@@ -102,7 +127,7 @@ class _Tried:
         first = policies[0]
         parts = _PARTS if first.ffn is Device.CPU else _PARTS[:1]
         places = [_place(policy, part) for policy in policies for part in parts]
-        return _Tried(space.holding(first), Kind.of_policy(first), distinct(np.array(places)))
+        return _Tried(_Stages(space.holding(first)), Kind.of_policy(first), distinct(np.array(places)))
 
     def rates(self, lengths: Lengths) -> Floats:
         """Tokens a second in closed form; 0 for what does not fit, or what is too slow for the limits."""
@@ -113,7 +138,7 @@ class _Tried:
         if host.pinnable_bytes is not None:
             fits &= sum(stage.pinned_bytes for stage in stages) <= host.usable_pinned_bytes
         if self.space.limits != NO_LIMITS:
-            first = _own_space(self.space, 0, ranges_of(lengths)[0])
+            first = self.stages.of(0, ranges_of(lengths)[0])
             most_prefill_s, most_decode_s = allowed_s(first)
             passing_s = sum(stage.prefill_s for stage in stages) / len(stages) / first.costs.prefills_in_turn
             fits &= (passing_s <= most_prefill_s) & (decode_s <= most_decode_s)
@@ -143,7 +168,7 @@ class _Tried:
 
     def only(self, rows: Sequence[int]) -> "_Tried":
         """The places of these candidates alone."""
-        return _Tried(self.space, self.kind, distinct(self.places[self.place_of[rows]]))
+        return _Tried(self.stages, self.kind, distinct(self.places[self.place_of[rows]]))
 
     def with_near(self, lengths: Lengths, reach: float) -> "_Tried":
         """The best at these lengths, and the integers around them."""
@@ -162,7 +187,7 @@ class _Tried:
             for places in longest:
                 places[:, PART] = ALL_THAT_FIT
             near += [tried, *longest]
-        return _Tried(self.space, self.kind, distinct(np.concatenate(near)))
+        return _Tried(self.stages, self.kind, distinct(np.concatenate(near)))
 
     def best_lengths(self, row: int, lengths: Lengths, step: int = 1) -> Lengths:
         """Move layers away from the slowest stages, so many at a time and ever fewer, as long as that pays."""
@@ -183,7 +208,7 @@ class _Tried:
         stages = self._on_stages(lengths)
         if any(stage.prefill_s[row] == inf for stage in stages):
             return None
-        specs = [_own_space(self.space, *stage).spec for stage in enumerate(ranges_of(lengths))]
+        specs = [self.stages.of(*stage).spec for stage in enumerate(ranges_of(lengths))]
         residents = [int(stage.residents[row]) for stage in stages]
         counts = [spread_experts(spec, count) for spec, count in zip(specs, residents, strict=True)]
         own = replace(self.grid.take(np.array([row])), resident_total=np.array([sum(residents)]))
@@ -226,7 +251,7 @@ class _Tried:
     def _on_stage(self, index: int, layers: range) -> _OnStage:
         form = form_of(self.space, index, layers)
         if form not in self.known:
-            self.known[form] = self._worked_out(_own_space(self.space, index, layers))
+            self.known[form] = self._worked_out(self.stages.of(index, layers))
         return self.known[form]
 
     def _worked_out(self, space: Space) -> _OnStage:
@@ -269,14 +294,6 @@ def _place(policy: Policy, part: float) -> tuple[int, ...]:
     return (*numbers, round(part * ALL_THAT_FIT), policy.prefill_chunk_tokens)
 
 
-def _own_space(space: Space, index: int, layers: range) -> Space:
-    """The space of a stage that may have all of the host's memory to itself."""
-    own, host = space_of_stage(space, index, layers), space.profile.host
-    sizes = {name: getattr(host, name) for name in ("capacity_bytes", "reserve_bytes", "pinnable_bytes")}
-    levels = (own.profile.top, replace(own.profile.host, **sizes))
-    return replace(own, profile=replace(own.profile, levels=levels))
-
-
 def _moved(lengths: Lengths, index: int, step: int) -> Iterator[Lengths]:
     """Lengths of which one is so much less, and another as much more."""
     for other in range(len(lengths)):
@@ -311,7 +328,7 @@ def _polished(space: Space, simulated: Sequence[Estimate], greatest_tokens_per_s
         policies = [policy for own in _moved(lengths, slowest, 1) for policy in same.above(own, enough)]
         if best.tokens_per_s < greatest_tokens_per_s * (1 - OPTIMAL_GAP):
             places = places_near(different_stages(same.space, lengths)[0], best.policy)
-            policies += _Tried(same.space, same.kind, places).above(lengths, enough)
+            policies += _Tried(same.stages, same.kind, places).above(lengths, enough)
         known = {predicted.policy for predicted in (*simulated, *found)}
         better = _simulated(space, [policy for policy in policies if policy not in known], best.tokens_per_s)
         found += better

@@ -61,7 +61,8 @@ class Space:
     closed form must fall short of them by the factors of `slack`, for first tokens and for others.
     An empty `weight_format` or `kv_format` is the dtype; what is packed, the model says. With
     `experts_per_part` all experts that stream do so in such parts. Where another space is known to hold a policy with
-    `known_tokens_per_s`, slower ones are of no interest here, but for one to tell how fast this space is.
+    `known_tokens_per_s`, slower ones are of no interest here, but for one to tell how fast this space is. Only
+    `kinds_left` are searched, if they are given: others are known to be no better.
     """
 
     spec: ModelSpec
@@ -84,6 +85,7 @@ class Space:
     limits: LatencyLimits = NO_LIMITS
     slack: tuple[float, float] = (1.0, 1.0)
     known_tokens_per_s: float = 0.0
+    kinds_left: frozenset[Kind] | None = None
 
     @property
     def formats(self) -> Formats:
@@ -209,12 +211,13 @@ class Space:
         all_on_gpu = not self.profile.has_accelerator or SCHEDULES[self.schedule].kv_on_gpu
         places = [KvPlace.ALL] if all_on_gpu else [KvPlace.NONE, KvPlace.SOME, KvPlace.ALL]
         first = devices[0][0]
-        return [
+        kinds = [
             Kind(attention, ffn, kv)
             for attention, ffn in devices
             for kv in places
             if kv is not KvPlace.ALL or attention == first
         ]
+        return [kind for kind in kinds if self.kinds_left is None or kind in self.kinds_left]
 
 
 def _choices(device: Device | None) -> tuple[int, ...]:

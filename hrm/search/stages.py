@@ -84,10 +84,13 @@ Form = tuple[int, tuple[int, ...], bool, bool]
 
 
 def form_of(space: Space, index: int, layers: range) -> Form:
-    """What a stage is like: the first GPU like its own, the kinds of its layers, and whether it is first or last."""
-    gpus, spec = space.profile.gpus, space.spec
-    kinds = spec.order[layers.start : layers.stop]
-    return gpus.index(gpus[index]) if gpus else 0, kinds, layers.start == 0, layers.stop == spec.num_layers
+    """What a stage is like: the first GPU like its own, the kinds of its layers, and whether it is first or last.
+
+    In closed form the order of its layers tells nothing, but for which is the last.
+    """
+    gpus, order = space.profile.gpus, space.spec.order[layers.start : layers.stop]
+    kinds = (*sorted(order[:-1]), order[-1])
+    return gpus.index(gpus[index]) if gpus else 0, kinds, layers.start == 0, layers.stop == space.spec.num_layers
 
 
 def ranges_of(lengths: Lengths) -> list[range]:

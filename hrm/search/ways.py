@@ -23,7 +23,7 @@ from hrm.search.lengths import search_lengths
 from hrm.search.polish import polished
 from hrm.search.result import OPTIMAL_GAP, Outcome, SearchResult, Way
 from hrm.search.solver import Found, Solver
-from hrm.search.space import Space
+from hrm.search.space import Kind, Space
 from hrm.search.stages import Lengths, different_stages, first_lengths, least_stage
 from hrm.search.ties import smallest_first
 
@@ -256,12 +256,15 @@ def _searched(way: _Searched, solver: Solver, best: _Searched | None) -> _Search
 
 def _without_hope(way: _Searched, best: _Searched | None) -> _Searched:
     """The way, with the bound that shows that it is not better than `best`, the best of others, if one does."""
-    worth = _worth(way, best)
-    if way.part is None or way.hopeless is not None or not worth:
+    worth, part = _worth(way, best), way.part
+    if part is None or way.hopeless is not None or not worth:
         return way
     way = way.with_spaces(best.found.ranked[0].policy if best is not None and best.found.ranked else None)
     bound = way.bound(worth, FEW_REGIONS)
-    return replace(way, hopeless=bound) if bound.tokens_per_s <= worth * way.handicap * (1 + CLOSE) else way
+    if bound.tokens_per_s <= worth * way.handicap * (1 + CLOSE):
+        return replace(way, hopeless=bound)
+    # Of a way that is compared with others the best is told, whether or not it is better than theirs.
+    return way if best is not None else replace(way, part=replace(part, kinds_left=bound.kinds))
 
 
 def _worth(way: _Searched, best: _Searched | None) -> float:
@@ -335,7 +338,8 @@ def _greatest(bounds: Iterable[Bound]) -> Bound:
     """One on all of what these are on."""
     bounds = list(bounds)
     tokens_per_s = max((bound.tokens_per_s for bound in bounds), default=0.0)
-    return Bound(tokens_per_s, sum(bound.regions for bound in bounds))
+    kinds = frozenset[Kind]().union(*(bound.kinds for bound in bounds))
+    return Bound(tokens_per_s, sum(bound.regions for bound in bounds), kinds)
 
 
 def _with_advice(result: SearchResult, space: Space) -> SearchResult:

@@ -92,6 +92,16 @@ def test_more_of_a_resource_never_gives_less_and_a_narrower_search_never_more(se
         assert narrower.best.tokens_per_s <= best / (1 - max(result.gap, OPTIMAL_GAP))
 
 
+@pytest.mark.usefixtures("quick_bounds")
+@pytest.mark.parametrize("seed", FITTING[:6])
+def test_what_is_nearly_as_good_being_known_keeps_no_search_from_the_best(seed):
+    """Kinds and ways that a bound leaves out are none that have it."""
+    case = random_case(Random(9000 + seed))
+    best = searched(case).require()
+    again = searched(case, known_tokens_per_s=0.98 * best.tokens_per_s).require()
+    assert again.tokens_per_s == pytest.approx(best.tokens_per_s, rel=2e-3)
+
+
 @pytest.mark.parametrize(("prompt_len", "chunk_tokens"), [(4000, 100_000), (16, 500)])
 @pytest.mark.parametrize("on_gpu", [1, 4])
 def test_the_ceiling_of_a_policy_holds_whatever_its_last_batch_is(on_gpu, prompt_len, chunk_tokens):

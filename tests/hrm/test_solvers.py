@@ -137,6 +137,7 @@ def test_a_study_goes_on_where_it_was_kept(tmp_path):
     assert second.tokens_per_s >= first.tokens_per_s > 0
     other = replace(space, workload=replace(space.workload, gen_len=space.workload.gen_len + 1))
     assert study_name(other) != study_name(space)
+    assert study_name(replace(space, known_tokens_per_s=5.0)) == study_name(space)
     assert solver.find(other).evaluations <= 5
 
 
