@@ -365,7 +365,8 @@ def test_a_grid_of_policies_is_computed_as_each_of_them_alone(schedule):
             staging=staging,
             experts_per_part=parts,
         )
-        together = phases_of_batches(costs, grid, schedule, WORKLOAD)  # on one stage, nothing waits to be filled
+        # On one stage nothing waits to be filled.
+        together = [np.asarray(seconds) for seconds in phases_of_batches(costs, grid, schedule, WORKLOAD)]
         alone = [batch_seconds(costs, point, schedule, WORKLOAD) for point in points]
         np.testing.assert_allclose(np.transpose(together), alone, rtol=1e-12)
 
