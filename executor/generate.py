@@ -28,7 +28,7 @@ from hrm.buffers import Purpose
 from hrm.memory import MemoryPlan
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import decode_pipeline, iter_tasks, prefill_pipeline
-from hrm.tasks import Lane, Phase
+from hrm.tasks import Device, Lane, Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ class Generator(AbstractGenerator):
         self._stops = stops or never_stops
         self._peers = peers or Peers()
         self.num_stages, self._peers.stages.waits = self._peers.stages.size, self.engine.waits
-        self._kv_peak = {"gpu": 0, "cpu": 0}
+        self._kv_peak = dict.fromkeys(Device, 0)
         threads = torch.get_num_threads()
 
         def load() -> tuple[HostArenas, RunMemory]:
@@ -203,7 +203,7 @@ class Generator(AbstractGenerator):
         small.arch, policy = first_layers(self.arch, self.policy)
         batch, small.policy = small_batch(small.arch, policy)
         small.live = LiveBatch(self.engine)
-        small._budget, small._kv_peak = TraceBudget(0), {"gpu": 0, "cpu": 0}  # noqa: SLF001 - the copy's own
+        small._budget, small._kv_peak = TraceBudget(0), dict.fromkeys(Device, 0)  # noqa: SLF001 - the copy's own
         small.generate(batch)
         self.load_s += time.perf_counter() - start_s
         self._is_warm = True
@@ -295,9 +295,9 @@ class Generator(AbstractGenerator):
             gpu[Purpose.LOGITS] = max(0, rest - gpu[Purpose.WORKSPACE])
         cpu = dict(self.plan.cpu.purposes)
         if self.plan.gpu is not self.plan.cpu and self.plan.gpu.name != self.plan.cpu.name:
-            for level, purposes in (("gpu", gpu), ("cpu", cpu)):
+            for device, purposes in ((Device.GPU, gpu), (Device.CPU, cpu)):
                 if Purpose.KV_CACHE in purposes:
-                    purposes[Purpose.KV_CACHE] = self._kv_peak[level]
+                    purposes[Purpose.KV_CACHE] = self._kv_peak[device]
             if Purpose.WORKSPACE in cpu:
                 cpu[Purpose.WORKSPACE] = memory.host_workspace.high_water_bytes
             return {self.plan.gpu.name: gpu, self.plan.cpu.name: cpu}
@@ -312,11 +312,11 @@ class Generator(AbstractGenerator):
 
     def _count_kv(self, parts: Sequence[Batch], on_gpu: Sequence[bool]) -> None:
         token_bytes = self.arch.spec.kv_bytes_per_token(self.policy.formats)
-        used = {"gpu": 0, "cpu": 0}
+        used = dict.fromkeys(Device, 0)
         for part in parts:
             for micro_batch, here in zip(part.micro_batches, on_gpu, strict=True):
-                used["gpu" if here else "cpu"] += micro_batch.kv_tokens * token_bytes
-        self._kv_peak = {level: max(self._kv_peak[level], used[level]) for level in used}
+                used[Device.GPU if here else Device.CPU] += micro_batch.kv_tokens * token_bytes
+        self._kv_peak = {device: max(self._kv_peak[device], used[device]) for device in Device}
 
 
 def _completion(ended: Generated) -> Completion:
