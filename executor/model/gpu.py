@@ -67,12 +67,10 @@ class GpuKernels(AbstractKernels):
         Without flash attention the caches of as many requests as fit `spare_bytes` are gathered at
         a time. Quantised ones are gathered in any case.
         """
-        numbers, longest = rows.views, max(rows.lengths)
-        assert numbers is not None, "the numbers were not sent to the device"
+        numbers, longest = rows.sent, rows.longest
         query_RHd = qkv_RX[:, : block.query_size].view(-1, block.num_heads, block.head_dim)
         if is_quantised(cache_C2Gd):
-            given = query_RHd, cache_C2Gd, numbers, longest, out_RQ
-            attend_to_codes(block, *given, softmax, spare_bytes=spare_bytes)
+            attend_to_codes(block, query_RHd, cache_C2Gd, rows, out_RQ, softmax, spare_bytes=spare_bytes)
             return
         keys_CGd, values_CGd = cache_C2Gd.unbind(1)
         if self.flash is not None and _takes_flash(cache_C2Gd.dtype, block.head_dim):
@@ -97,13 +95,9 @@ class GpuKernels(AbstractKernels):
         at_once = max(1, spare_bytes // (2 * longest * token_bytes))
         for first in range(0, len(query_RHd), at_once):
             some = slice(first, first + at_once)
-            starts_r1 = numbers.starts[:-1][some].unsqueeze(1)
-            lengths_r1 = numbers.lengths_R[some].unsqueeze(1)
-            tokens_1L = torch.arange(longest, device=cache_C2Gd.device).unsqueeze(0)
-            rows_rL = starts_r1 + torch.minimum(tokens_1L, lengths_r1 - 1)
+            rows_rL, seen = numbers.places(some, range(longest))
             grouped = query_RHd[some].view(-1, block.num_kv_heads, group, block.head_dim)
             keys, values = (part[rows_rL].transpose(1, 2) for part in (keys_CGd, values_CGd))
-            seen = (tokens_1L < lengths_r1)[:, None, None, :]
             context = _with_sinks(grouped, keys, values, seen, softmax)
             out_RQ[some].copy_(context.reshape(-1, out_RQ.shape[1]))
 
