@@ -225,7 +225,7 @@ class _Program:
         from scipy.optimize import Bounds, LinearConstraint, milp
 
         boxes, shape, size = self.boxes, self.columns.shape, self.columns.size
-        known = above or float(boxes.ceiling.max())
+        known = above if above > 0 else float(boxes.ceiling.max())
         costs = np.zeros(shape)
         costs[0] = -1.0
         costs[4:] = np.multiply.outer(self.bounder.weights, known / boxes.ceiling)
@@ -240,7 +240,7 @@ class _Program:
             OBJECTIVE_SCALE * costs.ravel(),
             integrality=integral.ravel(),
             bounds=Bounds(0.0, most.ravel()),
-            constraints=[self.rows.constraint(size), LinearConstraint(pick, 0 if above else 1, 1)],
+            constraints=[self.rows.constraint(size), LinearConstraint(pick, 0 if above > 0 else 1, 1)],
             options={"mip_rel_gap": 1e-9},
         )
         if solved.status == INFEASIBLE:
