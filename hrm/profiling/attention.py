@@ -16,7 +16,7 @@ from hrm.contract.host_kernels import HostKernels
 from hrm.hardware import Rate
 from hrm.layers import GroupedQueryAttention, LatentAttention
 from hrm.model_spec import ModelSpec
-from hrm.profiling.fit import fit_groups, fit_link
+from hrm.profiling.fit import BENT, fit_groups, fit_link
 from hrm.profiling.timing import Call, Computer, measured, significant, summarise, time_each
 from hrm.units import GIB, MIB, format_seconds
 
@@ -28,7 +28,6 @@ QUICK_BYTES: Final = 256 * MIB
 FULL_BYTES: Final = GIB
 TILE_TOKENS: Final = 4096
 MAX_WINDOWS: Final = 512
-BENT: Final = 0.10
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,12 @@ import torch
 
 from hrm.contract.pacing import PacedCopy
 from hrm.hardware import Link, LinkKind, Rate
-from hrm.profiling.fit import LinkFit, fit_groups, fit_link
+from hrm.profiling.fit import BENT, LinkFit, fit_groups, fit_link
 from hrm.profiling.timing import Sampler, measured, significant, summarise, time_each
 from hrm.units import KIB, MIB, format_bytes
 
 SMALLEST_BYTES: Final = 4 * KIB
 LARGEST_BYTES: Final = 512 * MIB
-BENT: Final = 0.10  # a curve is kept if the straight line misses by more than this share
 
 Transfer = Callable[[int], Callable[[], object]]  # for a size, the call that moves as much
 

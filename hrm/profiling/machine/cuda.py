@@ -9,6 +9,7 @@ from hrm.hardware import CPU, GPU, Figure, HardwareProfile, Rate
 from hrm.profiling.machine.gpu_level import FACTS, MEMORY, GpuMemory, gpu_environment, gpu_level, memory_of
 from hrm.profiling.machine.gpu_links import add_links, links_of
 from hrm.profiling.machine.host import (
+    ALL_AT_ONCE,
     CACHES,
     MOST_SHARE,
     STAGING,
@@ -38,7 +39,6 @@ FULL_TRANSFER: Final = 512 * MIB
 CONTENTION_TRANSFER: Final = 32 * MIB
 SETTLING: Final = "gpu under load"
 EQUAL: Final = "gpus compared"
-ALL_AT_ONCE: Final = "host memory, all at once"
 UNEQUAL: Final = 0.90  # a GPU below this share of the first is named, and plans wait for it
 
 

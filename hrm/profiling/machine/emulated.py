@@ -9,6 +9,7 @@ from hrm.contract.pacing import EMULATED_LATENCY_S, PacedCopy, Waits
 from hrm.hardware import CPU, GPU, Figure, HardwareProfile, Link, MemoryLevel, Rate, Source
 from hrm.machines import of_parts
 from hrm.profiling.machine.host import (
+    ALL_AT_ONCE,
     CACHES,
     STAGING,
     TASKS,
@@ -39,7 +40,6 @@ SUMS: Final = "sums between ranks"
 FEW_SUMMED_BYTES: Final = 4 * KIB
 MANY_SUMMED_BYTES: Final = MIB
 BOTH_BUSY: Final = "launch latency with both lanes busy"
-ALL_AT_ONCE: Final = "host memory, all at once"
 
 
 def profile_emulated(run: Run) -> HardwareProfile:

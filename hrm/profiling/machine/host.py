@@ -19,6 +19,7 @@ MEMORY: Final = "host memory"
 CACHES: Final = "caches"
 NUMA: Final = "NUMA nodes"
 STAGING: Final = "staging"
+ALL_AT_ONCE: Final = "host memory, all at once"
 DISK: Final = "disk"
 TASKS: Final = "running tasks"
 QUICK_SOURCE_BYTES: Final = 512 * MIB
