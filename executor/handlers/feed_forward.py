@@ -21,7 +21,7 @@ from hrm.tasks import Task
 
 
 @dataclass(frozen=True, slots=True)
-class UnderWay:
+class TokensUnderWay:
     """Tokens some of whose experts are still to come, in the workspace of the GPU's level until then."""
 
     weights: LayerWeights
@@ -45,7 +45,7 @@ class PhaseHandlers:
     memory: RunMemory
     state: BatchState
     group: Group
-    under_way: list[UnderWay] = field(default_factory=list[UnderWay], kw_only=True)
+    under_way: list[TokensUnderWay] = field(default_factory=list[TokensUnderWay], kw_only=True)
 
     def _mixer(self, x: Task) -> Mixer:
         return self.arch.layers[x.id.layer].mixer
@@ -64,7 +64,10 @@ class PhaseHandlers:
             ffn.whole(hidden_TD, of_ffn, workspace)
             return
         x_TD, routing, pending_2TD = ffn.before_experts(hidden_TD, of_ffn, workspace)
-        tokens, in_parts = UnderWay(weights, hidden_TD, x_TD, routing, pending_2TD), self.pipeline.parts_of(layer) > 0
+        tokens, in_parts = (
+            TokensUnderWay(weights, hidden_TD, x_TD, routing, pending_2TD),
+            self.pipeline.parts_of(layer) > 0,
+        )
         whole = to_cpu is None and not in_parts
         self._run(layer, tokens, weights.experts if whole else weights.on_gpu, counts=whole)
         if to_cpu is not None:
@@ -87,12 +90,12 @@ class PhaseHandlers:
             self.under_way.clear()
         return 0
 
-    def _finish(self, layer: int, tokens: UnderWay) -> None:
+    def _finish(self, layer: int, tokens: TokensUnderWay) -> None:
         """What comes after the last of the experts."""
         ffn, weights = self.arch.layers[layer].ffn, tokens.weights.dense.ffn
         ffn.finish(tokens.pending_2TD, tokens.hidden_TD, weights, self.memory.workspace)
 
-    def _run(self, layer: int, tokens: UnderWay, experts: Experts, *, counts: bool) -> None:
+    def _run(self, layer: int, tokens: TokensUnderWay, experts: Experts, *, counts: bool) -> None:
         """Add the output of experts on the GPU; whoever `counts` counts for all of the layer's experts."""
         if not experts.each:
             return
