@@ -41,7 +41,7 @@ LARGEST: Final = 2.0**24  # micro-batch size, number of micro-batches
 BUDGET: Final = 16_000  # regions; so many more, up to the second, only as long as they may tell
 LARGEST_BUDGET: Final = 64_000  # whether the best that is known may be called optimal
 ROUND: Final = 2048  # regions that are halved at once
-AT_ONCE: Final = 512
+AT_ONCE: Final = 512  # that are looked at in one go, at least, if there is enough to halve
 PROGRESS: Final = 0.9  # of the excess over what is known is left at most, if it pays to look at twice as many regions
 CLOSE: Final = 2e-3  # a region that is better by no more is not halved
 _IN_FLIGHT: Final = LOOKAHEAD + 1  # micro-batches, at most
@@ -57,12 +57,13 @@ PhaseTerms = list[tuple[Floats, Floats]]  # weights of (contexts, 1), terms of (
 class Bound:
     """No policy of the space generates more than `tokens_per_s`; 0 if none fits.
 
-    `regions` were looked at. Policies that are better than what is known, if there are any, are of these `kinds`.
+    `regions` were looked at. Policies that are better than what is known, if there are any, are of these `kinds`; None
+    stands for all.
     """
 
     tokens_per_s: float
     regions: int
-    kinds: frozenset[Kind] = frozenset()
+    kinds: frozenset[Kind] | None = None
 
 
 def upper_bound(space: Space, known_tokens_per_s: float = 0.0, most_regions: int = LARGEST_BUDGET) -> Bound:

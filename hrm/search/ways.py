@@ -180,7 +180,7 @@ class _Searched:
 
     def promise(self) -> float:
         """About the throughput that a search will find, by which it is decided what is searched first."""
-        return 0.0 if self.part is None or self.hopeless else rough(self.part) / self.handicap
+        return 0.0 if self.part is None or self.hopeless is not None else rough(self.part) / self.handicap
 
     @property
     def handicap(self) -> float:
@@ -337,9 +337,12 @@ def find(space: Space, solver: Solver) -> Found:
 def _greatest(bounds: Iterable[Bound]) -> Bound:
     """One on all of what these are on."""
     bounds = list(bounds)
-    tokens_per_s = max((bound.tokens_per_s for bound in bounds), default=0.0)
-    kinds = frozenset[Kind]().union(*(bound.kinds for bound in bounds))
-    return Bound(tokens_per_s, sum(bound.regions for bound in bounds), kinds)
+    kinds = [bound.kinds for bound in bounds]
+    return Bound(
+        tokens_per_s=max((bound.tokens_per_s for bound in bounds), default=0.0),
+        regions=sum(bound.regions for bound in bounds),
+        kinds=None if None in kinds else frozenset[Kind]().union(*filter(None, kinds)),
+    )
 
 
 def _with_advice(result: SearchResult, space: Space) -> SearchResult:
