@@ -12,12 +12,8 @@ import torch
 
 from executor.backends import AbstractBackend, in_thread_of_its_own
 from executor.batching import Batch, Batcher, Completion, Nowhere, Request, Sink, chunks
-from executor.checkpoint import WeightSource
 from executor.checks import check_request
 from executor.engine import Engine, PhaseResult, in_turns_of, joined
-from executor.families import Family
-from executor.group import Alone, Group
-from executor.group.stages import OneStage, Stages
 from executor.handlers import LENGTH, BatchState, EndOfText, Generated, HostArenas, RunMemory, allocate, never_stops
 from executor.live import LiveBatch
 from executor.loading import Loading
@@ -25,13 +21,14 @@ from executor.model import Architecture
 from executor.model.choices import settle_choices
 from executor.native import kernels
 from executor.trace_budget import MAX_SPANS, TraceBudget
-from executor.under_way import UnderWay, decode_handlers
+from executor.under_way import Peers, UnderWay, decode_handlers
 from executor.warm_up import first_layers, small_batch
+from executor.weight_pages import StoredWeights
 from hrm.buffers import Purpose
 from hrm.memory import MemoryPlan
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import decode_pipeline, iter_tasks, prefill_pipeline
-from hrm.tasks import Lane, Phase
+from hrm.tasks import Device, Lane, Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +37,15 @@ class Planned:
 
     policy: Policy
     memory: MemoryPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a run is made from; `staged` is what is run if not as much is pinned as planned."""
+
+    backend: AbstractBackend
+    planned: Planned
+    staged: Planned | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,33 +153,28 @@ class Generator(AbstractGenerator):
     """Runs batches on real weights.
 
     Memory is allocated once, as planned, and weights are loaded into it once. If the system does
-    not pin as much as a policy needs that stages no weights, `staged` is run, which does. Meanwhile
-    `loading` tells how far that is. One of several ranks has its part of the model, and its `group` to sum up with;
-    or it is one of several `stages`.
+    not pin as much as a policy needs that stages no weights, what is prepared as `staged` is run, which does.
+    Meanwhile `loading` tells how far that is. Where it has `peers`, it has its part of the model.
     """
 
     def __init__(
         self,
-        backend: AbstractBackend,
+        prepared: Prepared,
         arch: Architecture,
-        planned: Planned,
+        stored: StoredWeights,
         *,
-        family: Family,
-        source: WeightSource,
-        staged: Planned | None = None,
         stops: EndOfText | None = None,
         loading: Loading | None = None,
-        group: Group | None = None,
-        stages: Stages | None = None,
+        peers: Peers | None = None,
         max_spans: int = MAX_SPANS,
     ) -> None:
-        start_s = time.perf_counter()
-        super().__init__(backend, arch, planned, max_spans)
+        start_s, backend, staged = time.perf_counter(), prepared.backend, prepared.staged
+        super().__init__(backend, arch, prepared.planned, max_spans)
         self._under_way: list[UnderWay] = []
         self._stops = stops or never_stops
-        self._group, self._stages = group or Alone(), stages or OneStage()
-        self.num_stages, self._stages.waits = self._stages.size, self.engine.waits
-        self._kv_peak = {"gpu": 0, "cpu": 0}
+        self._peers = peers or Peers()
+        self.num_stages, self._peers.stages.waits = self._peers.stages.size, self.engine.waits
+        self._kv_peak = dict.fromkeys(Device, 0)
         threads = torch.get_num_threads()
 
         def load() -> tuple[HostArenas, RunMemory]:
@@ -181,11 +182,9 @@ class Generator(AbstractGenerator):
             computing = [lane for lane in (Lane.GPU, Lane.CPU) if lane not in backend.streams]
             settle_choices(arch.spec, getattr(torch, self.policy.dtype), map(backend.lane_threads, computing))
             alternative, batches = staged.policy if staged else None, self.num_stages
-            host = HostArenas.allocate(
-                backend, arch.spec, planned.policy, alternative, batches=batches, loading=loading
-            )
+            host = HostArenas.allocate(backend, arch.spec, self.policy, alternative, batches=batches, loading=loading)
             memory = allocate(backend, arch, host)
-            memory.weights.load(source, family, backend, loading, whole=arch.whole, first_layer=arch.first_layer)
+            memory.weights.load(stored, backend, loading, whole=arch.whole, first_layer=arch.first_layer)
             backend.ready()
             return host, memory
 
@@ -204,7 +203,7 @@ class Generator(AbstractGenerator):
         small.arch, policy = first_layers(self.arch, self.policy)
         batch, small.policy = small_batch(small.arch, policy)
         small.live = LiveBatch(self.engine)
-        small._budget, small._kv_peak = TraceBudget(0), {"gpu": 0, "cpu": 0}  # noqa: SLF001 - the copy's own
+        small._budget, small._kv_peak = TraceBudget(0), dict.fromkeys(Device, 0)  # noqa: SLF001 - the copy's own
         small.generate(batch)
         self.load_s += time.perf_counter() - start_s
         self._is_warm = True
@@ -225,9 +224,7 @@ class Generator(AbstractGenerator):
             memory = replace(self.memory, caches=caches)
             pieces = chunks(part, policy.prefill_chunk_tokens)
             pipeline = prefill_pipeline(spec, policy, num_chunks=len(pieces))
-            self._under_way.append(
-                UnderWay(self.backend, arch, policy, memory, state, self._group, self._stages, pieces, pipeline)
-            )
+            self._under_way.append(UnderWay(self.backend, arch, policy, memory, state, self._peers, pieces, pipeline))
         decode = decode_pipeline(spec, policy, num_steps=self.num_stages * max(batch.num_steps, 1))
         states = [each.state for each in self._under_way]
         self.live.begin([each.prefill for each in self._under_way], decode, states)
@@ -298,9 +295,9 @@ class Generator(AbstractGenerator):
             gpu[Purpose.LOGITS] = max(0, rest - gpu[Purpose.WORKSPACE])
         cpu = dict(self.plan.cpu.purposes)
         if self.plan.gpu is not self.plan.cpu and self.plan.gpu.name != self.plan.cpu.name:
-            for level, purposes in (("gpu", gpu), ("cpu", cpu)):
+            for device, purposes in ((Device.GPU, gpu), (Device.CPU, cpu)):
                 if Purpose.KV_CACHE in purposes:
-                    purposes[Purpose.KV_CACHE] = self._kv_peak[level]
+                    purposes[Purpose.KV_CACHE] = self._kv_peak[device]
             if Purpose.WORKSPACE in cpu:
                 cpu[Purpose.WORKSPACE] = memory.host_workspace.high_water_bytes
             return {self.plan.gpu.name: gpu, self.plan.cpu.name: cpu}
@@ -315,11 +312,11 @@ class Generator(AbstractGenerator):
 
     def _count_kv(self, parts: Sequence[Batch], on_gpu: Sequence[bool]) -> None:
         token_bytes = self.arch.spec.kv_bytes_per_token(self.policy.formats)
-        used = {"gpu": 0, "cpu": 0}
+        used = dict.fromkeys(Device, 0)
         for part in parts:
             for micro_batch, here in zip(part.micro_batches, on_gpu, strict=True):
-                used["gpu" if here else "cpu"] += micro_batch.kv_tokens * token_bytes
-        self._kv_peak = {level: max(self._kv_peak[level], used[level]) for level in used}
+                used[Device.GPU if here else Device.CPU] += micro_batch.kv_tokens * token_bytes
+        self._kv_peak = {device: max(self._kv_peak[device], used[device]) for device in Device}
 
 
 def _completion(ended: Generated) -> Completion:

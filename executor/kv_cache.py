@@ -31,7 +31,7 @@ class KvCaches:
         on_gpu = policy.gpu_kv_micro_batches
         self._spec, self._policy = spec, policy
         size, tokens = policy.micro_batch_size, policy.kv_tokens_per_micro_batch
-        self._sizes = [cache_bytes_in(layer, policy.formats, size, tokens) for layer in spec.layers]
+        self._sizes = [int(cache_bytes_in(layer, policy.formats, size, tokens)) for layer in spec.layers]
         self._gpu = self._layers_of(gpu, batches * on_gpu)
         self._host = self._layers_of(host, batches * (policy.num_micro_batches - on_gpu))
         self._buffers = buffers.view(BUFFERS, -1)

@@ -9,14 +9,15 @@ from torch import Tensor
 from executor.backends import AbstractBackend
 from executor.batching import Chunk
 from executor.engine import PhaseResult
-from executor.group import Group
-from executor.group.stages import Stages
+from executor.group import Alone, Group
+from executor.group.stages import OneStage, Stages
 from executor.handlers import (
     BatchState,
     DecodeHandlers,
     Generated,
     Handover,
     PrefillHandlers,
+    Prompts,
     RunMemory,
     StageDecode,
     StagePrefill,
@@ -28,6 +29,15 @@ from executor.model import Architecture
 from hrm.policy import Policy
 from hrm.schedules import Pipeline
 from hrm.tasks import Act
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """The processes that run a model together with this one: a group to sum up with, or the stages of a pipeline."""
+
+    group: Group = field(default_factory=Alone)
+    stages: Stages = field(default_factory=OneStage)
 
 
 @final
@@ -43,26 +53,33 @@ class UnderWay:
     policy: Policy
     memory: RunMemory
     state: BatchState
-    group: Group
-    stages: Stages
+    peers: Peers
     chunks: tuple[Chunk, ...]
     prefill: Pipeline
     prefilled: PhaseResult | None = None
     _handover: Handover | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._handover = Handover(self.stages, self.state) if self.stages.size > 1 else None
+        stages = self.peers.stages
+        self._handover = Handover(stages, self.state) if stages.size > 1 else None
 
     def prefill_handlers(self) -> Mapping[Act, Handler]:
         """What the tasks of its prefill do."""
-        given = self.backend, self.arch, self.policy, self.prefill, self.memory, self.state, self.group, self.chunks
+        prompts = Prompts.write(self.chunks, self.memory.prefill)
         if self._handover is None:
-            return PrefillHandlers.of(*given).by_act()
-        return StagePrefill(PrefillHandlers.of(*given, choose=self._keep_first), self._handover).by_act()
+            return PrefillHandlers(*self._given(self.prefill), prompts).by_act()
+        own = PrefillHandlers(*self._given(self.prefill), prompts, choose=self._keep_first)
+        return StagePrefill(own, self._handover).by_act()
+
+    def _given(
+        self, pipeline: Pipeline
+    ) -> tuple[AbstractBackend, Architecture, Policy, Pipeline, RunMemory, BatchState, Group]:
+        """What the handlers of a phase work with."""
+        return self.backend, self.arch, self.policy, pipeline, self.memory, self.state, self.peers.group
 
     def _keep_first(self, hidden_RD: Tensor, sequences: Sequence[Generated]) -> None:
         assert self._handover is not None
-        chosen = choices(self.arch, self.memory, self.group, hidden_RD, sequences)
+        chosen = choices(self.arch, self.memory, self.peers.group, hidden_RD, sequences)
         self._handover.keep(sequences, *chosen)
 
     def end_prefill(self) -> None:
@@ -73,8 +90,7 @@ class UnderWay:
 
     def decode_handlers(self, pipeline: Pipeline, batches: int) -> Mapping[Act, Handler]:
         """What the tasks of its steps do, which take turns with those of so many batches."""
-        given = self.backend, self.arch, self.policy, pipeline, self.memory, self.state, self.group
-        own = DecodeHandlers.of(*given, batches=batches)
+        own = DecodeHandlers(*self._given(pipeline), batches=batches)
         return own.by_act() if self._handover is None else StageDecode(own, self._handover).by_act()
 
     def end(self, num_steps: int) -> None:

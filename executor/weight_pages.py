@@ -10,7 +10,7 @@ where a layer, or a part of its experts, can lie.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -84,6 +84,13 @@ class LayerPages:
     host_experts: NumberedExperts
     host_mixer: Any
     host_ffn: Any
+
+
+class StoredWeights(NamedTuple):
+    """Where a model's weights are read, and of which family they are, which says how they are stored."""
+
+    source: WeightSource
+    family: Family
 
 
 @final
@@ -175,8 +182,7 @@ class WeightPages:
 
     def load(
         self,
-        source: WeightSource,
-        family: Family,
+        stored: StoredWeights,
         backend: AbstractBackend,
         loading: Loading | None,
         *,
@@ -188,7 +194,7 @@ class WeightPages:
         Of several ranks one reads what it has of the `whole` model's, and of several stages its layers from
         `first_layer` on.
         """
-        spec = whole or self._spec
+        (source, family), spec = stored, whole or self._spec
         part = RankPart(self._spec, self._rank) if self._spec.ranks > 1 else None
 
         def read(place: Target) -> None:

@@ -60,6 +60,11 @@ def by_purpose(buffers: Iterable[Buffer]) -> dict[Purpose, Number]:
     return {buffer.purpose: buffer.num_bytes for buffer in buffers}
 
 
+def bytes_by_purpose(buffers: Iterable[Buffer]) -> dict[Purpose, int]:
+    """The same where they are those of one policy."""
+    return {purpose: int(num_bytes) for purpose, num_bytes in by_purpose(buffers).items()}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
     """What buffers depend on, of one policy or, with arrays for numbers, of many.

@@ -370,12 +370,12 @@ def sampled_contexts(spec: ModelSpec, workload: Workload) -> dict[float, float]:
     return steps_at
 
 
-def batch_seconds(costs: Costs, point: Point, schedule: ScheduleName, workload: Workload) -> tuple[Number, Number]:
+def batch_seconds(costs: Costs, point: Point, schedule: ScheduleName, workload: Workload) -> tuple[float, float]:
     """Prefill and decode seconds of one batch; in a pipeline, with its share of what that waits to be filled."""
     step = DecodeStep.of_point(costs, point, schedule, workload.active_share)
-    prefill_s = costs.prefills_in_turn * maximum(*prefill_terms(costs, point, workload))
+    prefill_s = costs.prefills_in_turn * float(maximum(*prefill_terms(costs, point, workload)))
     steps_at = sampled_contexts(costs.spec, workload)
-    return prefill_s, sum(steps * maximum(*step.terms(context)) for context, steps in steps_at.items())
+    return prefill_s, sum(steps * float(maximum(*step.terms(context))) for context, steps in steps_at.items())
 
 
 def seconds_of_batches(costs: Costs, point: Point, schedule: ScheduleName, workload: Workload) -> Number:

@@ -145,7 +145,7 @@ class Costs:
 
         In the last layer they may be the ends of prompts only.
         """
-        if not (x.is_last and self.skips_in_last_layer(x.context)):
+        if not (x.is_last and self.skips_in_last_layer(float(x.context))):
             return work(x.tokens)
         return self.of_ends(x.tokens / x.context, work)
 
@@ -243,7 +243,7 @@ class Costs:
         fused = self.runtime.fused_kernels
         return operator_seconds(operator, level, self.formats.compute.name, fused=fused, writes_out=writes_out)
 
-    def _up_to_attention(self, tokens: Number, prompt_len: float, kind: Layer) -> Number:
+    def _up_to_attention(self, tokens: Number, prompt_len: Number, kind: Layer) -> Number:
         """A layer of prefill up to attention."""
         operator = kind.prefill(self.formats, tokens, prompt_len)
         return self._on(Device.GPU, operator)
@@ -322,7 +322,7 @@ class TaskWork:
     def _streamed_bytes(self, layer: int) -> float:
         """Weight bytes of a layer that are loaded whole in this phase."""
         placement = self.policy.placement(self.costs.spec, self.pipeline.phase)
-        return placement.bytes_at(Place.STREAMED, self.layer_mix(layer), self.resident_experts[layer])
+        return float(placement.bytes_at(Place.STREAMED, self.layer_mix(layer), self.resident_experts[layer]))
 
     def seconds_of(self) -> Callable[[TaskId], float]:
         """A function from task to seconds; tasks alike are worked out once."""
@@ -338,10 +338,10 @@ class TaskWork:
 
         def of_kind(act: Act, load: Load, num_bytes: int) -> float:
             if act.by_residents:
-                return act.seconds(load, num_bytes)
-            same = act, load.kind, load.is_last, load.gpu_experts, num_bytes
+                return float(act.seconds(load, num_bytes))
+            same = act, load.kind, load.is_last, float(load.gpu_experts), num_bytes
             if same not in alike:
-                alike[same] = act.seconds(load, num_bytes)
+                alike[same] = float(act.seconds(load, num_bytes))
             return alike[same]
 
         def seconds(task: TaskId) -> float:
@@ -357,4 +357,4 @@ class TaskWork:
 
 
 def _moved_bytes(act: Act, loads: list[tuple[float, Load]]) -> int:
-    return round(sum(share * act.moves(load) for share, load in loads))
+    return round(sum(share * float(act.moves(load)) for share, load in loads))

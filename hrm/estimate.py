@@ -190,7 +190,7 @@ def estimate_above(
         pipeline = policy.parallelism is Parallelism.PIPELINE
         turns = _turns(policy, requests, (len(policy.gpus) or profile.num_gpus) if pipeline else 1)
     generated_tokens = requests * workload.generated_tokens
-    most_s = generated_tokens / tokens_per_s if tokens_per_s else inf
+    most_s = generated_tokens / tokens_per_s if tokens_per_s > 0 else inf
     stages: list[StageEstimate] = []
     for index, (share, memory) in enumerate(zip(shares, plan_shares(shares, profile), strict=True)):
         own_turns = _of_share(turns, index if policy.stage_lengths else None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 from operator import itemgetter
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeVar, cast, overload
 
 from hrm.errors import ProfileError
 from hrm.numeric import Number
@@ -74,7 +74,13 @@ class Figure:
             p80=None if self.p80 is None else self.p80 * factor,
         )
 
-    def at(self, size: Number = None) -> Number:
+    @overload
+    def at(self, size: float | None = None) -> float: ...
+
+    @overload
+    def at(self, size: Number | None) -> Number: ...
+
+    def at(self, size: Number | None = None) -> Number:
         """Value at `size`, interpolated over log(size) and flat beyond the ends of the curve.
 
         `size` may be a NumPy array; the result then is one.
@@ -108,7 +114,13 @@ class Rate:
         assert figure is not None, "validated when the profile is loaded"
         return figure
 
-    def at(self, size: Number = None) -> Number:
+    @overload
+    def at(self, size: float | None = None) -> float: ...
+
+    @overload
+    def at(self, size: Number | None) -> Number: ...
+
+    def at(self, size: Number | None = None) -> Number:
         """Planned value at `size`."""
         return self.planned.at(size)
 
@@ -126,7 +138,7 @@ def _interpolator(curve: tuple[tuple[float, float], ...]) -> Callable[[Number], 
 
     @np.errstate(divide="ignore")  # of nothing at all, which takes the curve's first value
     def values_at(sizes: Number) -> Number:
-        return np.interp(np.log(sizes), log_sizes, values)  # pyright: ignore[reportUnknownVariableType]
+        return np.interp(np.log(sizes), log_sizes, values)
 
     return values_at
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, overload
 
 from hrm.numeric import Number
 
@@ -37,8 +37,17 @@ class Format:
     written_out_bytes: float = 0.0
     written_out_launches: float = 0.0
 
+    @overload
+    def bytes_of(self, *sizes: int) -> int: ...
+
+    @overload
+    def bytes_of(self, *sizes: Number) -> Number: ...
+
     def bytes_of(self, *sizes: Number) -> Number:
-        """Bytes of a tensor of these sizes; a single one is a number of elements."""
+        """Bytes of a tensor of these sizes, a whole number unless the format is a mean of several.
+
+        A single size is a number of elements.
+        """
         num_bytes: Number = self.element_bytes
         for size in sizes:
             num_bytes = num_bytes * size

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from hrm.acts import Counts, Load
 from hrm.costs import Costs
@@ -32,7 +32,7 @@ class PhaseSeconds(NamedTuple):
         return (*self.lanes.values(), self.host_memory_s, self.chain_s)
 
     @property
-    def shared_cores(self) -> tuple[Number, ...]:
+    def shared_cores(self) -> tuple[Any, ...]:
         """What it takes at least where lanes share cores: one more term, behind all others."""
         return () if self.cores_s is None else (self.cores_s,)
 
@@ -45,7 +45,7 @@ class PhaseSeconds(NamedTuple):
         if self.host_memory_s <= max(self.lanes.values()):
             return 1.0
         using = max(seconds for lane, seconds in self.lanes.items() if lane is not Lane.GPU)
-        return self.host_memory_s / using if using else 1.0
+        return float(self.host_memory_s / using) if using > 0 else 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """One level of a machine's memory: what it holds, how fast it is read, and what computes there."""
 
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import cast
+from typing import cast, overload
 
 from hrm.errors import ProfileError
 from hrm.figures import Figure, Rate, check_figure, check_rate
@@ -33,7 +33,13 @@ class Processor:
     native_up_to: dict[str, int] = field(default_factory=dict[str, int])
     launch_latency_s: Figure
 
-    def flops_per_s(self, dtype: str, num_tokens: Number = None, *, code: str = "") -> Number:
+    @overload
+    def flops_per_s(self, dtype: str, num_tokens: float | None = None, *, code: str = "") -> float: ...
+
+    @overload
+    def flops_per_s(self, dtype: str, num_tokens: Number | None, *, code: str = "") -> Number: ...
+
+    def flops_per_s(self, dtype: str, num_tokens: Number | None = None, *, code: str = "") -> Number:
         """Planned GEMM rate; a 16-bit dtype the processor lacks falls back to the other one.
 
         With packed weights of a `code` it is theirs if that was measured, else that of plain ones.

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from hrm.buffers import Needs, Purpose, by_purpose
+from hrm.buffers import Needs, Purpose, bytes_by_purpose
 from hrm.errors import PolicyError
 from hrm.hardware import CPU, HardwareProfile, MemoryLevel
 from hrm.machines import MAX_RESERVE_SHARE, reserve_if_resized, with_host_memory
@@ -204,7 +204,7 @@ def _plan(share: Share) -> MemoryPlan:
 def purposes(spec: ModelSpec, policy: Policy, *, batches: int = 1) -> tuple[dict[Purpose, int], dict[Purpose, int]]:
     """Bytes by purpose at the GPU's and at the host's level, whether or not they are one."""
     needs = Needs.of_policy(spec, policy, batches=batches)
-    return by_purpose(needs.on_gpu()), by_purpose(needs.on_host())
+    return bytes_by_purpose(needs.on_gpu()), bytes_by_purpose(needs.on_host())
 
 
 def pinned_purposes(cpu: Mapping[Purpose, Number], *, staging: bool, streams_kv: Number) -> dict[Purpose, Number]:
@@ -224,7 +224,7 @@ def _level(level: MemoryLevel, purposes: dict[Purpose, int], parts: int) -> Leve
     return LevelPlan(
         name=level.name,
         capacity_bytes=level.usable_bytes,
-        purposes={key: int(size) for key, size in purposes.items() if size},
+        purposes={key: size for key, size in purposes.items() if size > 0},
         reserve_bytes=reserve_if_resized(level),
         parts=parts,
     )

@@ -4,10 +4,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, Union, overload
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # A plain number, or a NumPy array with one entry for every policy of a grid.
-Number = Any
+Number = Union[float, "NDArray[Any]"]
+N = TypeVar("N", int, float, "NDArray[Any]")  # one of them, and the same again
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,18 @@ class Spread:
         return Spread(len(ordered), at(0.5), at(0.2), at(0.8))
 
 
+@overload
+def maximum(*values: int) -> int: ...
+
+
+@overload
+def maximum(*values: float) -> float: ...
+
+
+@overload
+def maximum(*values: Number) -> Number: ...
+
+
 def maximum(*values: Number) -> Number:
     """Elementwise maximum; stays a plain number, without NumPy, if all arguments are."""
     for value in values:  # `all` takes twice as long
@@ -45,6 +61,18 @@ def maximum(*values: Number) -> Number:
     import numpy as np
 
     return reduce(np.maximum, values)
+
+
+@overload
+def minimum(*values: int) -> int: ...
+
+
+@overload
+def minimum(*values: float) -> float: ...
+
+
+@overload
+def minimum(*values: Number) -> Number: ...
 
 
 def minimum(*values: Number) -> Number:

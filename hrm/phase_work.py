@@ -45,12 +45,12 @@ class PhaseWork:
         """The work in its seconds in closed form."""
         lanes, host_memory_s = seconds.lanes, seconds.host_memory_s
         return PhaseWork(
-            bound_s=max(*lanes.values(), host_memory_s, *seconds.shared_cores),
+            bound_s=float(max(*lanes.values(), host_memory_s, *seconds.shared_cores)),
             in_order_s=in_order_s,
-            lane_s=lanes,
-            host_memory_s=host_memory_s,
+            lane_s={lane: float(of_lane) for lane, of_lane in lanes.items()},
+            host_memory_s=float(host_memory_s),
             cores_s=sum(seconds.shared_cores),
-            all_reduce_s=sum(of_act for act, of_act in seconds.acts.items() if act.reduces),
+            all_reduce_s=float(sum(of_act for act, of_act in seconds.acts.items() if act.reduces)),
             stretch=seconds.stretch,
         )
 
@@ -84,7 +84,7 @@ def prefill_phase(costs: Costs, policy: Policy, workload: Workload) -> PhaseWork
     """The work of the prefill of one batch."""
     point = Point.of_policy(policy, costs.spec)
     seconds = whole_prefill(costs, point, workload)
-    return PhaseWork.of(seconds, in_order_s=max(*seconds.terms, *seconds.shared_cores))
+    return PhaseWork.of(seconds, in_order_s=float(max(*seconds.terms, *seconds.shared_cores)))
 
 
 class StepWork(NamedTuple):
@@ -104,7 +104,7 @@ def decode_steps(costs: Costs, policy: Policy, workload: Workload) -> list[StepW
     found: list[StepWork] = []
     for context, steps in sampled_contexts(costs.spec, workload).items():
         seconds = step.seconds(context)
-        work = PhaseWork.of(seconds, in_order_s=max(step.in_order(seconds)))
+        work = PhaseWork.of(seconds, in_order_s=float(max(step.in_order(seconds))))
         found.append(StepWork(context, steps, work))
     return found
 

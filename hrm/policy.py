@@ -16,7 +16,7 @@ from hrm.errors import PolicyError
 from hrm.formats import FORMATS, SCALED_KV_FORMATS, Formats
 from hrm.layers import ExpertDivision
 from hrm.model_spec import ModelSpec
-from hrm.numeric import Number
+from hrm.numeric import N
 from hrm.placement import Place, Placement, caches_at
 from hrm.schedule_name import ScheduleName
 from hrm.tasks import Device, Phase
@@ -264,12 +264,8 @@ class Policy:
 
     def kv_caches_at(self, place: Place) -> int:
         """How many micro-batches have their KV cache at a place."""
-        return caches_at(
-            place,
-            number=self.num_micro_batches,
-            on_gpu=self.gpu_kv_micro_batches,
-            gpu_attention=int(self.attention is Device.GPU),
-        )
+        on_gpu, gpu_attention = self.gpu_kv_micro_batches, int(self.attention is Device.GPU)
+        return int(caches_at(place, number=self.num_micro_batches, on_gpu=on_gpu, gpu_attention=gpu_attention))
 
     def ffn_in(self, phase: Phase) -> Device:
         """Where the experts that are not resident are computed in a phase."""
@@ -304,13 +300,13 @@ class Policy:
     def streamed_bytes(self, spec: ModelSpec, layer: int, phase: Phase) -> int:
         """Weight bytes of a layer that are loaded whole before it runs."""
         one = ((spec.layer_kind(layer), 1),)
-        return self.placement(spec, phase).bytes_at(Place.STREAMED, one, self.resident_experts[layer])
+        return int(self.placement(spec, phase).bytes_at(Place.STREAMED, one, self.resident_experts[layer]))
 
     def host_bytes(self, spec: ModelSpec, layer: int) -> int:
         """Weight bytes of a layer that lie on the host: all that do not stay on the GPU."""
         one, placement = ((spec.layer_kind(layer), 1),), self.placement(spec, Phase.DECODE)
         places = (Place.STREAMED, Place.IN_PARTS, Place.HOST)
-        return sum(placement.bytes_at(place, one, self.resident_experts[layer]) for place in places)
+        return int(sum(placement.bytes_at(place, one, self.resident_experts[layer]) for place in places))
 
     def weight_share_on_gpu(self, spec: ModelSpec) -> float:
         """The paper's r_w: share of the layers' weight bytes that lives on the GPU.
@@ -320,7 +316,7 @@ class Policy:
         assert len(self.resident_experts) == spec.num_layers, "a policy is told of its own part"
         held = self.placement(spec, Phase.DECODE).bytes_in_all(Place.GPU, sum(self.resident_experts))
         total = spec.total_layer_bytes(self.formats.weights)
-        return 1 - (total - held) / total
+        return float(1 - (total - held) / total)
 
     @property
     def kv_share_on_gpu(self) -> float:
@@ -346,7 +342,7 @@ def spread_experts(spec: ModelSpec, total: int) -> tuple[int, ...]:
     return tuple(next(counts) if layer.has_experts else 0 for layer in spec.layers)
 
 
-def kv_tokens_for(micro_batch_size: Number, mean_context_len: float, max_context_len: int) -> Number:
+def kv_tokens_for(micro_batch_size: N, mean_context_len: float, max_context_len: int) -> N:
     """KV cache tokens that a micro-batch needs, in whole blocks.
 
     Room for one request of the greatest length and `micro_batch_size` - 1 of mean length, each with
@@ -360,13 +356,13 @@ def kv_tokens_for(micro_batch_size: Number, mean_context_len: float, max_context
     return _in_blocks(longest + (micro_batch_size - 1) * each)
 
 
-def _in_blocks(tokens: Number) -> Number:
+def _in_blocks(tokens: N) -> N:
     return -(-tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
 
 
 def prefix_tokens_for(
-    spec: ModelSpec, formats: Formats, max_prompt_len: int, chunk_tokens: Number, *, cpu_attention: Number
-) -> Number:
+    spec: ModelSpec, formats: Formats, max_prompt_len: int, chunk_tokens: N, *, cpu_attention: N
+) -> N:
     """Tokens that `prefix_buffer_tokens` needs: the longest prompt's if that is split, else 0.
 
     `cpu_attention` is 1 where caches lie on the host and are attended over there: otherwise a

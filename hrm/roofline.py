@@ -10,7 +10,7 @@ from hrm.formats import Formats
 from hrm.hardware import HardwareProfile, MemoryLevel
 from hrm.layers import Kernel, Operator
 from hrm.model_spec import ModelSpec
-from hrm.numeric import Number, maximum, minimum
+from hrm.numeric import Number, maximum
 
 
 def kernel_seconds(kernel: Kernel, level: MemoryLevel, dtype: str) -> Number:
@@ -42,9 +42,9 @@ def operator_seconds(
     return launches * processor.launch_latency_s.value + work
 
 
-def attainable_flops_per_s(*, compute: Number, bandwidth: Number, intensity: Number) -> Number:
+def attainable_flops_per_s(*, compute: float, bandwidth: float, intensity: float) -> float:
     """Eq. 7 of §3 of data that lies at the level: min(P_i, B_i·I^i)."""
-    return minimum(compute, bandwidth * intensity)
+    return min(compute, bandwidth * intensity)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +112,9 @@ def attention_turning_points(
     return turning_points(
         profile,
         formats.compute.name,
-        flops=operator.flops,
-        host_bytes=operator.num_bytes,
-        gpu_bytes=operator.num_bytes,
+        flops=float(operator.flops),
+        host_bytes=float(operator.num_bytes),
+        gpu_bytes=float(operator.num_bytes),
         rows=None,
         reads_kv=True,
     )
@@ -133,8 +133,8 @@ def ffn_turning_points(
     return turning_points(
         profile,
         formats.compute.name,
-        flops=micro_batch.flops * num_micro_batches,
-        host_bytes=weight_bytes,
-        gpu_bytes=micro_batch.num_bytes * num_micro_batches,
-        rows=micro_batch.kernels[0].rows,
+        flops=float(micro_batch.flops) * num_micro_batches,
+        host_bytes=float(weight_bytes),
+        gpu_bytes=float(micro_batch.num_bytes) * num_micro_batches,
+        rows=float(micro_batch.kernels[0].rows),
     )

@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
-from hrm.acts import ACTS, decode, prefill
+from hrm.acts import ACTS, waits_for_ranks
 from hrm.buffers import Purpose
 from hrm.costs import EXECUTOR, Costs, Runtime
 from hrm.hardware import HardwareProfile
@@ -15,12 +15,11 @@ from hrm.phases import decode_work, prefill_work, simulate_work, step_seconds
 from hrm.policy import Parallelism, Policy, ScheduleName
 from hrm.run_record import FleetRecord, KindTotal, RunRecord, WorkloadRecord
 from hrm.scaling import paced
-from hrm.tasks import Act, Lane, Phase
+from hrm.tasks import Lane, Phase
 from hrm.trace import Trace
 from hrm.workload import Workload
 
 _Row = TypeVar("_Row")
-_RECEIVE: Final = frozenset({prefill.EMBED, decode.EMBED})  # from another stage, in a pipeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,8 +178,8 @@ def _kinds_of_ranks(run: RunRecord, phase: Phase) -> dict[int, dict[str, KindTot
 
 def _own_seconds(run: RunRecord, phase: Phase, kind_s: Mapping[str, float]) -> float:
     """Seconds of the tasks in which a rank waits for no other: not sums, the choice of tokens, and what it receives."""
-    receives = _RECEIVE if run.policy_file.policy.parallelism is Parallelism.PIPELINE else frozenset[Act]()
-    together = {act.name for act in ACTS[phase] if act.reduces or act.ends_step or act in receives}
+    in_pipeline = run.policy_file.policy.parallelism is Parallelism.PIPELINE
+    together = {act.name for act in ACTS[phase] if waits_for_ranks(act, in_pipeline=in_pipeline)}
     return sum(seconds for name, seconds in kind_s.items() if name not in together)
 
 

@@ -5,7 +5,6 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -21,10 +20,11 @@ from executor.job.launch import Reports, launching
 from executor.job.machine import as_run, budgeted_plan, check_model
 from executor.job.model_part import ModelPart
 from executor.job.rank import RankJob
-from executor.job.report import Totals, run_record
+from executor.job.report import Beginning, Counted, Totals, run_record
 from executor.loading import Loading
 from executor.null_generator import NullGenerator
 from executor.sampling import SamplingParams
+from executor.weight_pages import StoredWeights
 from hrm.acts.decode import CPU_EXPERTS
 from hrm.errors import PolicyError
 from hrm.estimate import Estimate, estimate
@@ -32,7 +32,7 @@ from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file
 from hrm.profiling.pinned import keeping
-from hrm.run_record import PhaseRecord, RankRecord
+from hrm.run_record import PhaseRecord
 from hrm.tasks import Device, Lane, Phase
 from hrm.validate import runtime_with, validate
 
@@ -123,7 +123,7 @@ class Bench:
         spans are kept, of the first steps.
         """
         policy_file = replace(self.policy_file, policy=replace(self.policy_file.policy, schedule=schedule))
-        own = ModelPart.of(self._source, self._family, self._arch, policy_file)
+        own = ModelPart.of(StoredWeights(self._source, self._family), self._arch, policy_file)
         job = RankJob(
             model=self._located and self._located.folder,
             model_name=self._located.name if self._located else "",
@@ -187,13 +187,6 @@ class Bench:
         return estimate(self.spec, policy, plan.profile, workload, runtime=runtime)
 
 
-class Repeat(NamedTuple):
-    """All requests, run once: what that gave, and what every other rank did."""
-
-    totals: Totals
-    ranks: list[RankRecord]
-
-
 class Loaded(NamedTuple):
     """What runs, what other ranks tell of it, and the part of the model and of the policy that this process has."""
 
@@ -213,7 +206,7 @@ class BenchRun:
     def __init__(self, bench: Bench, loaded: Loaded, policy: Policy, *, gen_len: int | None = None) -> None:
         self.bench, self.policy = bench, policy
         self._loaded, self._generator, self._gen_len = loaded, loaded.generator, gen_len
-        self._started, self._runs = datetime.now(UTC), list[Repeat]()
+        self._beginning, self._runs = Beginning(weights=bench.model), list[Counted]()  # of all requests, a repeat each
         self._checksums = set[int]()
         self.spans: tuple[Span, ...] = ()
 
@@ -282,7 +275,7 @@ class BenchRun:
             totals.add(result)
             self.spans += result.prefill.spans + (result.decode.spans if result.decode else ())
             tokens |= {one.request.name: one.tokens for one in result.completions}
-        self._runs.append(Repeat(totals, [report.record for report in self._loaded.reports()]))
+        self._runs.append(Counted(totals, [report.record for report in self._loaded.reports()]))
         self._checksums.add(crc32(repr(sorted(tokens.items())).encode()))
         return totals
 
@@ -297,15 +290,7 @@ class BenchRun:
         bound = bench.estimate(policy, gen_len=self._gen_len, pageable=generator.pageable)
         runs = sorted(self._runs, key=lambda run: run.totals.tokens_per_s())
         median = runs[(len(runs) - 1) // 2]
-        record = run_record(
-            generator,
-            bench.policy_file,
-            median.totals,
-            weights=bench.model,
-            started=self._started,
-            schedule=policy.schedule,
-            ranks=median.ranks,
-        )
+        record = run_record(generator, bench.policy_file, median, self._beginning, schedule=policy.schedule)
         totals, validation = record.totals, validate(record)
         prefill, decode = (record.phase(phase) for phase in Phase)
         return BenchRow(

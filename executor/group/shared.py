@@ -166,7 +166,8 @@ class SharedMemory:
 
         Of a rank's few cores the other lanes have need meanwhile, and go first.
         """
-        counts, place, turn, late_s = self._counts, other * _LINE // 8, self._turn, 0.0
+        counts, place, turn = self._counts, other * _LINE // 8, self._turn
+        late_s: float | None = None
         if counts[place] < turn:
             asleep_s = time.perf_counter() + _AWAKE_S
             while counts[place] < turn and time.perf_counter() < asleep_s:
@@ -175,7 +176,7 @@ class SharedMemory:
             _futex(_FUTEX, self._places[other], _WAIT, count % _HALF, ctypes.addressof(self._look))
             if counts[place] >= turn:
                 return
-            late_s = late_s or time.monotonic() + self._timeout_s
+            late_s = time.monotonic() + self._timeout_s if late_s is None else late_s
             self._check()
             if self._ended[other].poll(0) and counts[place] < turn:
                 raise RuntimeError(f"the process of rank {other} has ended")

@@ -9,7 +9,7 @@ from executor.handlers.added import add_handler
 from executor.handlers.arenas import HostArenas
 from executor.handlers.decode import DecodeHandlers
 from executor.handlers.memory import RunMemory, allocate
-from executor.handlers.prefill import PrefillHandlers
+from executor.handlers.prefill import PrefillHandlers, Prompts
 from executor.handlers.stages import Handover, StageDecode, StagePrefill, in_turns
 from executor.handlers.state import ERROR, LENGTH, STOP, BatchState, EndOfText, Generated, choices, never_stops
 
@@ -24,6 +24,7 @@ __all__ = [
     "Handover",
     "HostArenas",
     "PrefillHandlers",
+    "Prompts",
     "RunMemory",
     "StageDecode",
     "StagePrefill",

@@ -13,7 +13,7 @@ from torch import Tensor
 from executor.backends import AbstractBackend
 from executor.errors import RunError
 from executor.loading import Loading
-from hrm.buffers import Needs, Purpose, by_purpose
+from hrm.buffers import Needs, Purpose, bytes_by_purpose
 from hrm.memory import ALWAYS_PINNED, PINNED_IF_THERE_IS_ROOM
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
@@ -53,7 +53,7 @@ class HostArenas:
         """
         loading, needs = loading or Loading(), Needs.of_policy(spec, policy, batches=batches)
         with backend.telling(loading.add):
-            sizes = by_purpose(needs.on_host())
+            sizes = bytes_by_purpose(needs.on_host())
             loading.begin("taking memory", sum(sizes.values()))
             memory = dict(zip(sizes, backend.allocate_host(list(sizes.values())), strict=True))
             weights = () if policy.staging else (Purpose.WEIGHTS,)
@@ -69,7 +69,7 @@ class HostArenas:
             for arena in crossing:
                 backend.unpin(arena)
             needs = Needs.of_policy(spec, staged, batches=batches)
-            room = by_purpose(needs.on_host())[Purpose.STAGING]
+            room = bytes_by_purpose(needs.on_host())[Purpose.STAGING]
             ring = memory[Purpose.STAGING] = backend.allocate(Device.CPU, room)
             notice = (
                 f"the system does not pin all {wanted} of host memory that cross the link: weights "

@@ -9,22 +9,16 @@ from typing import Final
 
 from torch import Tensor
 
-from executor.backends import AbstractBackend
-from executor.group import Group
 from executor.handlers.added import added
-from executor.handlers.feed_forward import FeedForwards
-from executor.handlers.memory import Exchange, RunMemory, narrow
+from executor.handlers.feed_forward import PhaseHandlers
+from executor.handlers.memory import Exchange, narrow
 from executor.handlers.pages import PageHandlers
-from executor.handlers.state import BatchState, Rows, sample
+from executor.handlers.state import Rows, sample
 from executor.handlers.tapes import Tapes, Work
 from executor.lanes import Handler
-from executor.model import Architecture, CpuKernels, Mixer, RowNumbers, embed
-from executor.weight_pages import LayerWeights
+from executor.model import CpuKernels, Mixer, RowNumbers, embed
 from hrm.acts import decode
-from hrm.acts.pages import WEIGHTS
 from hrm.contract.rows import NUMBERS_PER_REQUEST
-from hrm.policy import Policy
-from hrm.schedules import Pipeline
 from hrm.tasks import Act, Lane, Phase, Task
 from hrm.units import KIB
 
@@ -32,34 +26,10 @@ SMALLEST_GAP_BYTES: Final = 64 * KIB  # that a device passes over: it moves thes
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeHandlers:
-    """Tasks of decode: one new token for every request that goes on."""
+class DecodeHandlers(PhaseHandlers):
+    """Tasks of decode: one new token for every request that goes on, of so many `batches` whose steps take turns."""
 
-    backend: AbstractBackend
-    arch: Architecture
-    policy: Policy
-    pipeline: Pipeline
-    memory: RunMemory
-    state: BatchState
-    group: Group
-    ffns: FeedForwards
-    batches: int
-
-    @staticmethod
-    def of(
-        backend: AbstractBackend,
-        arch: Architecture,
-        policy: Policy,
-        pipeline: Pipeline,
-        memory: RunMemory,
-        state: BatchState,
-        group: Group,
-        *,
-        batches: int = 1,
-    ) -> "DecodeHandlers":
-        """Those of a batch, of so many whose steps take turns."""
-        ffns = FeedForwards(backend, arch, pipeline, memory, state)
-        return DecodeHandlers(backend, arch, policy, pipeline, memory, state, group, ffns, batches)
+    batches: int = 1
 
     def by_act(self) -> dict[Act, Handler]:
         """The handler of every act that occurs in decode."""
@@ -92,7 +62,7 @@ class DecodeHandlers:
             decode.STAGE_PAGE: pages.stage,
             decode.LOAD_PAGE: pages.load,
             decode.LOAD_PART: pages.load_part,
-            decode.PART_EXPERTS: self.ffns.part_experts,
+            decode.PART_EXPERTS: self.part_experts,
             decode.SAMPLE: self.sample,
             **{act: self.on_rows(work) for act, work in of_rows.items()},
             **added(self, Phase.DECODE),
@@ -238,7 +208,7 @@ class DecodeHandlers:
         gpu = self.memory.gpu
         self.memory.workspace.reset()
         to_cpu = gpu.routed(span) if self.pipeline.cpu_experts[x.id.layer] else None
-        self.ffns.on_gpu(x.id.layer, gpu.hidden_ND[span], self._weights(x), to_cpu)
+        self.ffn_on_gpu(x.id.layer, gpu.hidden_ND[span], self._weights(x), to_cpu)
         return 0
 
     def offload_tokens(self, _: Task, __: Rows, span: slice) -> int:
@@ -249,7 +219,7 @@ class DecodeHandlers:
     def cpu_experts(self, x: Task, _: Rows, span: slice) -> int:
         """The experts that stay on the host, computed there."""
         host = self.memory.host
-        self.ffns.on_cpu(x.id.layer, host.routed(span), host.expert_output_ND[span].zero_())
+        self.ffn_on_cpu(x.id.layer, host.routed(span), host.expert_output_ND[span].zero_())
         return 0
 
     def load_expert_output(self, _: Task, __: Rows, span: slice) -> int:
@@ -288,9 +258,6 @@ class DecodeHandlers:
         if self.pipeline.cpu_experts[layer]:
             self.memory.gpu.hidden_ND[span] += self.memory.gpu.expert_output_ND[span]
 
-    def _mixer(self, x: Task) -> Mixer:
-        return self.arch.layers[x.id.layer].mixer
-
     def _rows(self, level: Exchange, x: Task, span: slice) -> Tensor:
         """What the layer's attention is computed from."""
         sent_bytes = self._mixer(x).block.sent_bytes(self.policy.formats)
@@ -309,9 +276,6 @@ class DecodeHandlers:
 
     def _kv_buffer(self, x: Task) -> Tensor:
         return self.memory.caches.buffer(x.slot(decode.KV_BUFFERS), x.id.layer)
-
-    def _weights(self, x: Task) -> LayerWeights:
-        return self.memory.weights.layer(x.id.layer, x.slot(WEIGHTS))
 
 
 def _numbers_of(span: slice) -> slice:

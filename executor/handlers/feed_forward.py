@@ -1,4 +1,4 @@
-"""What comes after attention in a layer, in both phases and on either processor.
+"""What the handlers of both phases work with, and what comes after attention in a layer on either processor.
 
 T tokens, D hidden.
 """
@@ -8,17 +8,20 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from executor.backends import AbstractBackend
+from executor.group import Group
 from executor.handlers.memory import Routed, RunMemory
 from executor.handlers.state import BatchState
-from executor.model import Architecture, Experts, Routing, run_experts
+from executor.model import Architecture, Experts, Mixer, Routing, run_experts
 from executor.weight_pages import LayerWeights
+from hrm.acts.pages import WEIGHTS
 from hrm.acts.parts import PARTS
+from hrm.policy import Policy
 from hrm.schedules import Pipeline
 from hrm.tasks import Task
 
 
 @dataclass(frozen=True, slots=True)
-class UnderWay:
+class TokensUnderWay:
     """Tokens some of whose experts are still to come, in the workspace of the GPU's level until then."""
 
     weights: LayerWeights
@@ -29,20 +32,28 @@ class UnderWay:
 
 
 @dataclass(frozen=True, slots=True)
-class FeedForwards:
-    """The FFNs of all layers, which count where tokens are routed to.
+class PhaseHandlers:
+    """What tasks of one phase of a batch work with, and the FFNs of all layers, which count where tokens are routed to.
 
     Where a layer's experts stream in parts, the tokens under way wait for the last one.
     """
 
     backend: AbstractBackend
     arch: Architecture
+    policy: Policy
     pipeline: Pipeline
     memory: RunMemory
     state: BatchState
-    under_way: list[UnderWay] = field(default_factory=list[UnderWay])
+    group: Group
+    under_way: list[TokensUnderWay] = field(default_factory=list[TokensUnderWay], kw_only=True)
 
-    def on_gpu(self, layer: int, hidden_TD: Tensor, weights: LayerWeights, to_cpu: Routed | None) -> None:
+    def _mixer(self, x: Task) -> Mixer:
+        return self.arch.layers[x.id.layer].mixer
+
+    def _weights(self, x: Task) -> LayerWeights:
+        return self.memory.weights.layer(x.id.layer, x.slot(WEIGHTS))
+
+    def ffn_on_gpu(self, layer: int, hidden_TD: Tensor, weights: LayerWeights, to_cpu: Routed | None) -> None:
         """The whole, or where the CPU computes experts all before these and the ones that the GPU has.
 
         What it takes to go on goes `to_cpu` then, or waits here where experts come in parts.
@@ -53,7 +64,10 @@ class FeedForwards:
             ffn.whole(hidden_TD, of_ffn, workspace)
             return
         x_TD, routing, pending_2TD = ffn.before_experts(hidden_TD, of_ffn, workspace)
-        tokens, in_parts = UnderWay(weights, hidden_TD, x_TD, routing, pending_2TD), self.pipeline.parts_of(layer) > 0
+        tokens, in_parts = (
+            TokensUnderWay(weights, hidden_TD, x_TD, routing, pending_2TD),
+            self.pipeline.parts_of(layer) > 0,
+        )
         whole = to_cpu is None and not in_parts
         self._run(layer, tokens, weights.experts if whole else weights.on_gpu, counts=whole)
         if to_cpu is not None:
@@ -76,12 +90,12 @@ class FeedForwards:
             self.under_way.clear()
         return 0
 
-    def _finish(self, layer: int, tokens: UnderWay) -> None:
+    def _finish(self, layer: int, tokens: TokensUnderWay) -> None:
         """What comes after the last of the experts."""
         ffn, weights = self.arch.layers[layer].ffn, tokens.weights.dense.ffn
         ffn.finish(tokens.pending_2TD, tokens.hidden_TD, weights, self.memory.workspace)
 
-    def _run(self, layer: int, tokens: UnderWay, experts: Experts, *, counts: bool) -> None:
+    def _run(self, layer: int, tokens: TokensUnderWay, experts: Experts, *, counts: bool) -> None:
         """Add the output of experts on the GPU; whoever `counts` counts for all of the layer's experts."""
         if not experts.each:
             return
@@ -99,7 +113,7 @@ class FeedForwards:
         if counts:
             self.state.count_routed(layer, counted)
 
-    def on_cpu(self, layer: int, routed: Routed, out_TD: Tensor) -> None:
+    def ffn_on_cpu(self, layer: int, routed: Routed, out_TD: Tensor) -> None:
         """Add to `out_TD` what comes of the experts that stay on the host, and of all that is pending."""
         memory, ffn, workspace = self.memory, self.arch.layers[layer].ffn, self.memory.host_workspace
         pages = memory.weights.of_layer(layer)

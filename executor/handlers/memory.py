@@ -16,7 +16,7 @@ from executor.handlers.arenas import HostArenas
 from executor.kv_cache import KvCaches
 from executor.model import Architecture, Routing, Workspace
 from executor.weight_pages import WeightPages
-from hrm.buffers import Purpose, by_purpose
+from hrm.buffers import Purpose, bytes_by_purpose
 from hrm.contract.rings import BUFFERS
 from hrm.contract.rows import NUMBERS_PER_REQUEST, NUMBERS_PER_TOKEN, ROUTING_BYTES, TOKEN_NUMBER_BYTES
 from hrm.formats import Formats
@@ -201,7 +201,7 @@ def allocate(backend: AbstractBackend, arch: Architecture, host: HostArenas) -> 
     """All memory of a run beside the host's, each purpose as large as planned."""
     spec, policy = arch.spec, host.policy
     dtype: torch.dtype = getattr(torch, policy.dtype)
-    planned = by_purpose(host.needs.on_gpu())
+    planned = bytes_by_purpose(host.needs.on_gpu())
 
     def take(purpose: Purpose) -> Tensor:
         return backend.allocate(Device.GPU, planned[purpose])
@@ -236,7 +236,7 @@ def allocate(backend: AbstractBackend, arch: Architecture, host: HostArenas) -> 
             spec,
             policy.formats,
             memory,
-            num_requests=host.needs.places,
+            num_requests=int(host.needs.places),
             ffn_on_cpu=ffn_on_cpu,
             holds=not on_host,
             sends=on_host and batches > 1,

@@ -5,78 +5,58 @@ T tokens, D hidden; X elements of a row between projections and attention, O of 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from executor.backends import AbstractBackend
 from executor.batching import Chunk, ChunkPart
-from executor.group import Group
 from executor.handlers.added import added
-from executor.handlers.feed_forward import FeedForwards
-from executor.handlers.memory import Routed, RunMemory
+from executor.handlers.feed_forward import PhaseHandlers
+from executor.handlers.memory import PrefillBuffers, Routed
 from executor.handlers.pages import PageHandlers
-from executor.handlers.state import BatchState, Generated, sample
+from executor.handlers.state import Generated, sample
 from executor.kv_cache import cache_rows, prefix_rows
 from executor.lanes import Handler
-from executor.model import Architecture, Mixer, PromptNumbers, embed
+from executor.model import PromptNumbers, embed
 from executor.model.kv_rows import dequantise, quantise
-from executor.weight_pages import LayerWeights
 from hrm.acts import prefill
-from hrm.acts.pages import WEIGHTS
 from hrm.contract.temporaries import skips_in_last_layer
-from hrm.policy import Policy
-from hrm.schedules import Pipeline
 from hrm.tasks import Act, Lane, Phase, Task
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillHandlers:
-    """Tasks of prefill: chunks of prompts."""
+class Prompts:
+    """Chunks of prompts, each with its tokens and with the numbers that attention needs."""
 
-    backend: AbstractBackend
-    arch: Architecture
-    policy: Policy
-    pipeline: Pipeline
-    memory: RunMemory
-    state: BatchState
-    group: Group
-    ffns: FeedForwards
     chunks: tuple[Chunk, ...]
-    kv_on_gpu: tuple[bool, ...]
     tokens: list[Tensor]
     numbers: list[PromptNumbers]
-    choose: Callable[[Tensor, Sequence[Generated]], object]
 
     @staticmethod
-    def of(
-        backend: AbstractBackend,
-        arch: Architecture,
-        policy: Policy,
-        pipeline: Pipeline,
-        memory: RunMemory,
-        state: BatchState,
-        group: Group,
-        chunks: tuple[Chunk, ...],
-        choose: Callable[[Tensor, Sequence[Generated]], object] | None = None,
-    ) -> "PrefillHandlers":
-        """Those of a batch in these chunks; first tokens are appended to it, unless something else is to `choose`."""
+    def write(chunks: tuple[Chunk, ...], to: PrefillBuffers) -> "Prompts":
+        """Write the numbers to where they are sent from."""
         tokens = [torch.tensor([token for part in chunk.parts for token in part.tokens]) for chunk in chunks]
         numbers = [
             PromptNumbers.write(
-                memory.prefill.host_numbers_T2[chunk.offset :].view(-1),
+                to.host_numbers_T2[chunk.offset :].view(-1),
                 [part.start for part in chunk.parts],
                 [part.last - part.first for part in chunk.parts],
             )
             for chunk in chunks
         ]
-        kv_on_gpu = tuple(policy.kv_on_gpu(j) for j in range(policy.num_micro_batches))
-        ffns = FeedForwards(backend, arch, pipeline, memory, state)
-        choose = choose or partial(sample, arch, memory, state, group)
-        return PrefillHandlers(
-            backend, arch, policy, pipeline, memory, state, group, ffns, chunks, kv_on_gpu, tokens, numbers, choose
-        )
+        return Prompts(chunks, tokens, numbers)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillHandlers(PhaseHandlers):
+    """Tasks of prefill: chunks of prompts.
+
+    First tokens are appended to the batch, unless something else is to `choose`: it is handed the last hidden states of
+    prompts that end.
+    """
+
+    prompts: Prompts
+    choose: Callable[[Tensor, Sequence[Generated]], object] | None = None
 
     def by_act(self) -> dict[Act, Handler]:
         """The handler of every act that occurs in prefill."""
@@ -87,7 +67,7 @@ class PrefillHandlers:
             prefill.STAGE_PAGE: pages.stage,
             prefill.LOAD_PAGE: pages.load,
             prefill.LOAD_PART: pages.load_part,
-            prefill.PART_EXPERTS: self.ffns.part_experts,
+            prefill.PART_EXPERTS: self.part_experts,
             prefill.EMBED: self.embed,
             prefill.LOAD_HIDDEN: self.load_hidden,
             prefill.REDUCE_HIDDEN: self.reduce,
@@ -107,12 +87,12 @@ class PrefillHandlers:
     def embed(self, x: Task) -> int:
         """Gather the prompts' embeddings on the host and move them to the GPU."""
         embedding, scale, first_token = self.memory.weights.embedding, self.arch.embedding_scale, self.arch.first_token
-        embed(embedding, self.tokens[x.id.index], self.host(x), scale=scale, first_token=first_token)
+        embed(embedding, self.prompts.tokens[x.id.index], self.host(x), scale=scale, first_token=first_token)
         return self.load_hidden(x)
 
     def load_hidden(self, x: Task) -> int:
         """Move a chunk's hidden states to the GPU, and its numbers with them."""
-        numbers = self.numbers[x.id.index].flat
+        numbers = self.prompts.numbers[x.id.index].flat
         sent = self.memory.prefill.numbers_BT[x.slot(prefill.HIDDEN), : len(numbers)]
         copies = [(self._hidden(x), self.host(x)), *self.backend.gpu_kernels.copies(numbers, sent)]
         return self.backend.transfer(Lane.H2D, copies)
@@ -135,7 +115,7 @@ class PrefillHandlers:
         if num_going_on := self._num_going_on(x):
             self.memory.workspace.reset()
             to_cpu = self._routed(x) if self.pipeline.cpu_experts[x.id.layer] else None
-            self.ffns.on_gpu(x.id.layer, self._hidden(x)[:num_going_on], self._weights(x), to_cpu)
+            self.ffn_on_gpu(x.id.layer, self._hidden(x)[:num_going_on], self._weights(x), to_cpu)
         return 0
 
     def attention(self, x: Task) -> int:
@@ -145,7 +125,7 @@ class PrefillHandlers:
         that is sampled from: their hidden states are then the chunk's first ones.
         """
         workspace, mixer = self.memory.workspace, self._mixer(x)
-        chunk, hidden_TD, weights = self.chunks[x.id.index], self._hidden(x), self._weights(x)
+        chunk, hidden_TD, weights = self.prompts.chunks[x.id.index], self._hidden(x), self._weights(x)
         workspace.reset()
 
         def take(width: int, tokens: int = chunk.num_tokens) -> Tensor:
@@ -177,13 +157,13 @@ class PrefillHandlers:
 
     def _skips(self, x: Task) -> bool:
         """Whether the layer goes on after attention with the chunk's last tokens of prompts only."""
-        chunk = self.chunks[x.id.index]
+        chunk = self.prompts.chunks[x.id.index]
         is_last = x.id.layer == len(self.arch.layers) - 1 and self.arch.spec.has_head
         return is_last and skips_in_last_layer(sum(part.ends for part in chunk.parts), chunk.num_tokens)
 
     def _num_going_on(self, x: Task) -> int:
         """With how many tokens the layer goes on after attention."""
-        chunk = self.chunks[x.id.index]
+        chunk = self.prompts.chunks[x.id.index]
         return sum(part.ends for part in chunk.parts) if self._skips(x) else chunk.num_tokens
 
     def _write_cached(self, x: Task, cached_TW: Tensor) -> None:
@@ -196,7 +176,7 @@ class PrefillHandlers:
             buffer, parts = self._kv_buffer(x, len(cached_TW)), self._mixer(x).block.cached_parts
             quantise(cached_TW, parts, buffer)
             dequantise(buffer, parts, cached_TW)
-        elif not all(self.kv_on_gpu):
+        elif self.policy.gpu_kv_micro_batches < self.policy.num_micro_batches:
             self._kv_buffer(x, len(cached_TW)).copy_(cached_TW)
 
     def _keep_in_turn(self, x: Task, cached_TW: Tensor) -> None:
@@ -205,8 +185,8 @@ class PrefillHandlers:
             return
         if self.policy.formats.kv_cache.is_scaled:
             cached_TW = self._kv_buffer(x, len(cached_TW))
-        for part in self.chunks[x.id.index].parts:
-            if self.kv_on_gpu[part.micro_batch]:
+        for part in self.prompts.chunks[x.id.index].parts:
+            if self.policy.kv_on_gpu(part.micro_batch):
                 for target, source in self._in_turn(x, part, cached_TW):
                     target.copy_(source)
 
@@ -233,7 +213,7 @@ class PrefillHandlers:
         output_TD = self.host(x)[: len(routed.tokens_TD)]
         if x.id.layer == len(self.arch.layers) - 1:
             output_TD.zero_()
-        self.ffns.on_cpu(x.id.layer, routed, output_TD)
+        self.ffn_on_cpu(x.id.layer, routed, output_TD)
         return 0
 
     def load_expert_output(self, x: Task) -> int:
@@ -243,11 +223,11 @@ class PrefillHandlers:
 
     def store_kv(self, x: Task) -> int:
         """Move new keys and values, or states of prompts that end, to those caches that live on the host."""
-        chunk, has_state = self.chunks[x.id.index], self._mixer(x).has_state
+        chunk, has_state = self.prompts.chunks[x.id.index], self._mixer(x).has_state
         buffer = self._kv_buffer(x, len(chunk.parts) if has_state else chunk.num_tokens)
         copies: list[tuple[Tensor, Tensor]] = []
         for index, part in enumerate(chunk.parts):
-            if self.kv_on_gpu[part.micro_batch]:
+            if self.policy.kv_on_gpu(part.micro_batch):
                 continue
             if not has_state:
                 copies += self._in_turn(x, part, buffer)
@@ -258,19 +238,22 @@ class PrefillHandlers:
     def reduce_last(self, x: Task) -> int:
         """What ranks have of prompts' ends after the last layer, summed up where a chunk's hidden states begin."""
         hidden_TD = self._hidden(x)
-        num_ending = sum(part.ends for part in self.chunks[x.id.index].parts)
+        num_ending = sum(part.ends for part in self.prompts.chunks[x.id.index].parts)
         ends_RD = self._ends(x, slice(0, num_ending))
         self.group.all_reduce(hidden_TD[:num_ending].copy_(ends_RD))
         return 0
 
     def sample(self, x: Task) -> int:
         """Choose the first token of each prompt that ends in a chunk, at most μ at once."""
-        parts = [part for part in self.chunks[x.id.index].parts if part.ends]
+        parts = [part for part in self.prompts.chunks[x.id.index].parts if part.ends]
         for first in range(0, len(parts), self.policy.micro_batch_size):
             piece = slice(first, min(first + self.policy.micro_batch_size, len(parts)))
             sequences = [self.state.by_placed[id(part.placed)] for part in parts[piece]]
             hidden_RD = self._ends(x, piece) if self.group.size == 1 else self._hidden(x)[piece]
-            self.choose(hidden_RD, sequences)
+            if self.choose is not None:
+                self.choose(hidden_RD, sequences)
+            else:
+                sample(self.arch, self.memory, self.state, self.group, hidden_RD, sequences)
         return 0
 
     def after_layers(self, x: Task) -> Tensor:
@@ -293,7 +276,7 @@ class PrefillHandlers:
 
         Only the last part of a chunk may be of a prompt that goes on in the next.
         """
-        num_ending = sum(part.ends for part in self.chunks[x.id.index].parts)
+        num_ending = sum(part.ends for part in self.prompts.chunks[x.id.index].parts)
         return self._numbers(x).ends[1 : 1 + num_ending] - 1
 
     def _cache(self, part: ChunkPart, layer: int) -> Tensor:
@@ -307,7 +290,7 @@ class PrefillHandlers:
         A cache is such a place if it has them as attention needs them.
         """
         mixer = self.arch.layers[layer].mixer
-        if self.kv_on_gpu[part.micro_batch] and mixer.block.keeps_prefix_in_cache(self.policy.formats):
+        if self.policy.kv_on_gpu(part.micro_batch) and mixer.block.keeps_prefix_in_cache(self.policy.formats):
             return self._cache(part, layer)
         if part.start == 0 and part.ends:
             return None
@@ -320,9 +303,9 @@ class PrefillHandlers:
         the host; or until then where a split prompt's earlier parts are kept. One that ends leaves that
         place, for another may begin there in the same chunk.
         """
-        part, on_gpu = self.chunks[x.id.index].parts[index], self.kv_on_gpu
+        part = self.prompts.chunks[x.id.index].parts[index]
         kept = cache_rows(self.arch.spec.layers[x.id.layer], self.policy, self.memory.prefill.prefix)[:1]
-        if on_gpu[part.micro_batch]:
+        if self.policy.kv_on_gpu(part.micro_batch):
             kept = state = self._cache_of_state(x, part)
         else:
             state = self._kv_buffer(x, index + 1)[index:] if part.ends else kept
@@ -336,16 +319,13 @@ class PrefillHandlers:
         start = self.state.cache_start(part.placed, self._mixer(x).reach)
         return self.memory.caches.of(part.micro_batch, x.id.layer).narrow(0, start, 1)
 
-    def _mixer(self, x: Task) -> Mixer:
-        return self.arch.layers[x.id.layer].mixer
-
     def _numbers(self, x: Task) -> PromptNumbers:
         """A chunk's numbers, on the GPU since its hidden states came."""
         sent = self.memory.prefill.numbers_BT[x.slot(prefill.HIDDEN)]
-        return self.backend.gpu_kernels.numbers(self.numbers[x.id.index], sent)
+        return self.backend.gpu_kernels.numbers(self.prompts.numbers[x.id.index], sent)
 
     def _hidden(self, x: Task) -> Tensor:
-        num_tokens = self.chunks[x.id.index].num_tokens
+        num_tokens = self.prompts.chunks[x.id.index].num_tokens
         return self.memory.prefill.hidden_BTD[x.slot(prefill.HIDDEN), :num_tokens]
 
     def _routed(self, x: Task) -> Routed:
@@ -361,8 +341,5 @@ class PrefillHandlers:
 
     def host(self, x: Task) -> Tensor:
         """A chunk's hidden states on the host."""
-        chunk = self.chunks[x.id.index]
+        chunk = self.prompts.chunks[x.id.index]
         return self.memory.prefill.host_TD[chunk.offset : chunk.offset + chunk.num_tokens]
-
-    def _weights(self, x: Task) -> LayerWeights:
-        return self.memory.weights.layer(x.id.layer, x.slot(WEIGHTS))

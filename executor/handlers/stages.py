@@ -127,7 +127,7 @@ class StagePrefill:
         self._own, self._handover = handlers, handover
         # Not only when they are needed, so that the stage before need not wait to go on.
         all_TD = handlers.memory.prefill.host_TD
-        host_TD = [all_TD[each.offset : each.offset + each.num_tokens] for each in handlers.chunks]
+        host_TD = [all_TD[each.offset : each.offset + each.num_tokens] for each in handlers.prompts.chunks]
         self._coming = handover.receive_prompts(host_TD)
 
     def by_act(self) -> dict[Act, Handler]:

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Final
 
 from executor.errors import RunError
-from executor.generate import AbstractGenerator
+from executor.generate import AbstractGenerator, Prepared
 from executor.group.cores import own_cores, started_by_torchrun
 from executor.group.processes import timeout_s
 from executor.handlers import EndOfText, never_stops
-from executor.job.machine import AcceleratorOptions, Prepared, accelerator_for, files_of_ranks, longest_task_s, prepare
+from executor.job.machine import AcceleratorOptions, accelerator_for, files_of_ranks, longest_task_s, prepare
 from executor.job.model import OpenModel
 from executor.job.model_part import ModelPart
 from executor.job.rank import RankJob, RankReport, for_rank, is_pipeline, shares_of_cores
@@ -20,6 +20,7 @@ from executor.loading import Loading
 from executor.model import Architecture
 from executor.ranks.generator import RankedGenerator, Ranks
 from executor.ranks.messages import telling
+from executor.under_way import Peers
 from hrm.policy_file import PolicyFile
 
 WORKER: Final = "executor.job.rank"
@@ -56,9 +57,9 @@ class Launch:
         with Ranks(self.ranks, self.job.encode(), module=WORKER, cpus=self.cpus) as ranks:
             with ranks.named():
                 if is_pipeline(self.job):
-                    own = load(stops=stops, stages=ranks.stages())
+                    own = load(stops=stops, peers=Peers(stages=ranks.stages()))
                 else:
-                    own = load(stops=telling(ranks.group, stops), group=ranks.group)
+                    own = load(stops=telling(ranks.group, stops), peers=Peers(ranks.group))
             ranks.ready(own, self.patience_s)
             yield RankedGenerator(ranks, own, self.whole), lambda: [RankReport.decode(one) for one in ranks.reports()]
 

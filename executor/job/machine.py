@@ -7,7 +7,7 @@ from pathlib import Path
 from executor.backends import AbstractBackend, EmulatedMachine, cuda_index_of, make_backend
 from executor.batching import Batch
 from executor.errors import RunError
-from executor.generate import Planned
+from executor.generate import Planned, Prepared
 from executor.model.crossings import adopt
 from hrm.contract.pacing import EMULATED_LATENCY_S
 from hrm.costs import Costs, TaskWork
@@ -37,15 +37,6 @@ class AcceleratorOptions:
     name: str = "auto"
     gpu_memory_bytes: int | None = None
     link_bytes_per_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What a run is made from; `staged` is what is run if not as much is pinned as planned."""
-
-    backend: AbstractBackend
-    planned: Planned
-    staged: Planned | None
 
 
 def check_model(spec: ModelSpec, policy_file: PolicyFile, path: Path | str) -> None:

@@ -17,6 +17,7 @@ from executor.job.requests import LineReader, Rejected
 from executor.job.room import AnswerRoom
 from executor.job.sampling_defaults import SamplingDefaults, SamplingSource
 from executor.model import Architecture
+from executor.weight_pages import StoredWeights
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile
 
@@ -89,5 +90,5 @@ def opened(
         reader = LineReader(checkpoint.folder, room, seed, tell, defaults)
         arch = replace(arch, eos_token_ids=tuple(dict.fromkeys(arch.eos_token_ids + reader.eos_token_ids)))
         as_run = replace(policy_file, policy=policy)
-        own = ModelPart.of(checkpoint, family, arch, as_run)
+        own = ModelPart.of(StoredWeights(checkpoint, family), arch, as_run)
         yield OpenModel(checkpoint, family, arch, policy_file, policy, reader, own)

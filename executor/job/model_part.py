@@ -3,17 +3,15 @@
 from dataclasses import dataclass
 from typing import final
 
-from executor.checkpoint import WeightSource
-from executor.families import Family
-from executor.generate import AbstractGenerator, Generator
-from executor.group import Group
-from executor.group.stages import Stages
+from executor.generate import AbstractGenerator, Generator, Prepared
 from executor.handlers import EndOfText
-from executor.job.machine import Prepared, files_of_ranks, predicted_seconds
+from executor.job.machine import files_of_ranks, predicted_seconds
 from executor.loading import Loading
 from executor.model import Architecture
 from executor.null_generator import NullGenerator
 from executor.trace_budget import MAX_SPANS
+from executor.under_way import Peers
+from executor.weight_pages import StoredWeights
 from hrm.policy import Parallelism
 from hrm.policy_file import PolicyFile
 
@@ -23,25 +21,22 @@ from hrm.policy_file import PolicyFile
 class ModelPart:
     """A model whole, or what one of several ranks has of it: its architecture, and its own policy file.
 
-    All weights are in the `source`, and of the `family`.
+    `stored` are all weights of the whole.
     """
 
-    source: WeightSource
-    family: Family
+    stored: StoredWeights
     arch: Architecture
     policy_file: PolicyFile
 
     @staticmethod
-    def of(
-        source: WeightSource, family: Family, whole: Architecture, policy_file: PolicyFile, rank: int = 0
-    ) -> "ModelPart":
+    def of(stored: StoredWeights, whole: Architecture, policy_file: PolicyFile, rank: int = 0) -> "ModelPart":
         """What that rank has of a whole model under a policy, see `files_of_ranks`."""
         files, arch = files_of_ranks(policy_file), whole
         if files[0] is not policy_file and policy_file.policy.parallelism is Parallelism.PIPELINE:
             arch = whole.of_stage(files[rank].model, sum(before.model.num_layers for before in files[:rank]))
         elif len(files) > 1:
             arch = whole.of_rank(rank, files[rank].model)
-        return ModelPart(source=source, family=family, arch=arch, policy_file=files[rank])
+        return ModelPart(stored=stored, arch=arch, policy_file=files[rank])
 
     def generator(
         self,
@@ -49,28 +44,16 @@ class ModelPart:
         loading: Loading | None = None,
         *,
         stops: EndOfText | None = None,
-        group: Group | None = None,
-        stages: Stages | None = None,
+        peers: Peers | None = None,
         max_spans: int = MAX_SPANS,
     ) -> AbstractGenerator:
-        """What runs batches in this process, with its weights loaded; in a `group`, or among `stages`, as one of them.
+        """What runs batches in this process, with its weights loaded, together with its `peers`.
 
         Where nothing is computed, it sleeps as long as is predicted of this part. At most so many spans are kept.
         """
-        backend, planned = prepared.backend, prepared.planned
-        if not backend.computes:
-            seconds_of = predicted_seconds(self.policy_file, planned.policy)
-            return NullGenerator(backend, self.arch, planned, seconds_of, max_spans)
+        if not prepared.backend.computes:
+            seconds_of = predicted_seconds(self.policy_file, prepared.planned.policy)
+            return NullGenerator(prepared.backend, self.arch, prepared.planned, seconds_of, max_spans)
         return Generator(
-            backend,
-            self.arch,
-            planned,
-            family=self.family,
-            source=self.source,
-            staged=prepared.staged,
-            stops=stops,
-            loading=loading,
-            group=group,
-            stages=stages,
-            max_spans=max_spans,
+            prepared, self.arch, self.stored, stops=stops, loading=loading, peers=peers, max_spans=max_spans
         )

@@ -9,6 +9,7 @@ from executor.batching import Request
 from executor.job.input_file import Input
 from executor.job.machine import AcceleratorOptions
 from executor.job.progress import JobProgress
+from executor.job.report import Ending
 from executor.job.sampling_defaults import SamplingSource
 from executor.job.writer import OutputWriter
 from hrm.policy import ScheduleName
@@ -48,6 +49,6 @@ class Elsewhere(Protocol):
         """Run all requests, and put what ends."""
         ...
 
-    def record(self, outcome: str, message: str | None) -> FleetRecord:
+    def record(self, ending: Ending) -> FleetRecord:
         """What run.json then holds."""
         ...

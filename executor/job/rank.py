@@ -21,6 +21,8 @@ from executor.job.weights import ModelWeights
 from executor.ranks.messages import told
 from executor.ranks.worker import end_with_parent, serve
 from executor.trace_budget import MAX_SPANS
+from executor.under_way import Peers
+from executor.weight_pages import StoredWeights
 from hrm.acts import act_named
 from hrm.policy import Parallelism
 from hrm.policy_file import PolicyFile
@@ -181,12 +183,12 @@ class JobRank:
 def _generator(job: RankJob, group: ProcessGroup) -> AbstractGenerator:
     with job.opened() as (family, source, arch):
         whole = replace(arch, eos_token_ids=job.eos_token_ids)
-        part = ModelPart.of(source, family, whole, job.policy_file, group.rank)
+        part = ModelPart.of(StoredWeights(source, family), whole, job.policy_file, group.rank)
         accelerator = for_rank(job.accelerator, group.rank, group.size, job.policy_file.policy.gpus)
         prepared = prepare(accelerator, part.policy_file, part.policy_file.policy)
         if is_pipeline(job):  # whose first stage looks for stop texts
-            return part.generator(prepared, stages=ProcessStages(group), max_spans=job.max_spans)
-        return part.generator(prepared, stops=told(group), group=group, max_spans=job.max_spans)
+            return part.generator(prepared, peers=Peers(stages=ProcessStages(group)), max_spans=job.max_spans)
+        return part.generator(prepared, stops=told(group), peers=Peers(group), max_spans=job.max_spans)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Final
+from typing import Final, NamedTuple
 
 from executor import native
 from executor.backends import AbstractBackend
@@ -248,38 +248,68 @@ def rank_record(rank: int, generator: AbstractGenerator, totals: Totals) -> Rank
     )
 
 
+class Counted(NamedTuple):
+    """What a run did in this process, and in every other rank."""
+
+    totals: Totals
+    ranks: Sequence[RankRecord] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beginning:
+    """What is known of a run before it does anything.
+
+    `weights` is the folder that they come from, or the model's name if they are random or from the Hub, and
+    `sampling_defaults` are what requests get that do not say.
+    """
+
+    weights: str
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict[str, float])
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+class Ending(NamedTuple):
+    """How a run ended, and why if not well."""
+
+    outcome: str = "completed"
+    message: str | None = None
+
+    @staticmethod
+    def of(error: BaseException | None) -> "Ending":
+        """What this made of it, if anything went wrong."""
+        if error is None:
+            return COMPLETED
+        return Ending("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", str(error) or None)
+
+
+COMPLETED: Final = Ending()
+
+
 def run_record(
     generator: AbstractGenerator,
     policy_file: PolicyFile,
-    totals: Totals,
+    counted: Counted,
+    beginning: Beginning,
     *,
-    weights: str,
-    started: datetime,
-    outcome: str = "completed",
-    message: str | None = None,
+    ending: Ending = COMPLETED,
     schedule: ScheduleName | None = None,
     num_spans: int = 0,
-    sampling_defaults: Mapping[str, float] | None = None,
-    ranks: Sequence[RankRecord] = (),
 ) -> RunRecord:
-    """All that is known of a generator's run under its own schedule or another.
-
-    `weights` is the folder that they came from, or the model's name if they are random or from the Hub. `num_spans`
-    are in the trace beside run.json.
-    """
+    """All that is known of a generator's run under its own schedule or another, with so many spans in its trace."""
+    totals, ranks = counted
     spec, policy = generator.arch.spec, generator.policy
     return RunRecord(
-        outcome=outcome,
-        message=message,
+        outcome=ending.outcome,
+        message=ending.message,
         notice=generator.notice or None,
-        started=started.isoformat(timespec="seconds"),
+        started=beginning.started.isoformat(timespec="seconds"),
         ended=datetime.now(UTC).isoformat(timespec="seconds"),
         accelerator=accelerator_record(generator.backend, generator.pageable),
         schedule=(schedule or policy.schedule).value,
         model=ModelRecord(
-            name=spec.name, folder=weights, family=spec.family, parameters=spec.parameters, dtype=policy.dtype
+            name=spec.name, folder=beginning.weights, family=spec.family, parameters=spec.parameters, dtype=policy.dtype
         ),
-        sampling_defaults=dict(sampling_defaults or {}),
+        sampling_defaults=dict(beginning.sampling_defaults),
         totals=totals.record(generator.load_s),
         workload=totals.workload,
         phases={phase.value: totals.phases[phase].record for phase in Phase},

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any, Final, TypeVar, final
 
 import msgspec
@@ -22,7 +21,7 @@ from executor.job.model import OpenModel, opened
 from executor.job.options import Elsewhere, JobOptions
 from executor.job.outputs import OUTPUTS, RunDirectory, rejected_line
 from executor.job.progress import Forecast, JobProgress
-from executor.job.report import Totals, run_record
+from executor.job.report import COMPLETED, Beginning, Counted, Ending, Totals, run_record
 from executor.job.requests import Rejected
 from executor.job.survey import SHOWN_REASONS, Judge, Survey, survey
 from executor.job.trace_file import TraceFile
@@ -116,7 +115,7 @@ class _Job:
         self._succeeded = self._failed = 0  # lines of requests that were run, here or elsewhere
         self._reasons: list[str] = []  # why the first requests that failed did so
         self._untold: dict[str, str] = {}  # why a completion has no text, by its request's name
-        self._started = datetime.now(UTC)
+        self._beginning = Beginning(weights=options.told_model, sampling_defaults=model.reader.defaults.values)
 
     def prepare(self, progress: JobProgress, identity: Identity) -> bool:
         """Check that the directory's answers are this job's, survey the input, and begin.
@@ -186,11 +185,10 @@ class _Job:
                     writer.flush()
             self._raise_failure_of_all()
         except BaseException as error:
-            outcome = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             with suppress(JobError):  # a full disk: what went wrong first is what is told
-                self._write(elsewhere.record(outcome, str(error) or None))
+                self._write(elsewhere.record(Ending.of(error)))
             raise
-        return self._write(elsewhere.record("completed", None))
+        return self._write(elsewhere.record(COMPLETED))
 
     def run(self, progress: JobProgress, launch: Launch) -> RunRecord:
         """Run every request; see `run_job`."""
@@ -229,14 +227,12 @@ class _Job:
                     self._ranks.append(report.record)
                     self._trace.add(report.spans_since(generator.engine.origin_s), rank=report.record.rank)
         except BaseException as error:
-            outcome = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             with suppress(JobError):  # a full disk: what went wrong first is what is told
-                self._report(outcome, str(error) or None, generator)
+                self._report(Ending.of(error), generator)
             raise
         progress.stage = "writing"
         failure = self._failure_of_all()
-        outcome, message = ("failed", str(failure)) if failure else ("completed", None)
-        record = self._report(outcome, message, generator)
+        record = self._report(Ending.of(failure), generator)
         if failure is not None:
             raise failure
         return record
@@ -312,19 +308,15 @@ class _Job:
                 self._reasons.append(f"{_brief(item.request.name)}: {_brief(reason)}")
         return line
 
-    def _report(self, outcome: str, message: str | None, generator: AbstractGenerator) -> RunRecord:
+    def _report(self, ending: Ending, generator: AbstractGenerator) -> RunRecord:
         self._trace.end(self._directory.path / TRACE_JSON)  # first: what it holds is told
         record = run_record(
             generator,
             self._policy_file,
-            self._totals,
-            weights=self._options.told_model,
-            started=self._started,
-            outcome=outcome,
-            message=message,
+            Counted(self._totals, self._ranks),
+            self._beginning,
+            ending=ending,
             num_spans=self._trace.num_spans,
-            sampling_defaults=self._reader.defaults.values,
-            ranks=self._ranks,
         )
         return self._write(record)
 

@@ -9,7 +9,7 @@ Weights come as views made by `layout`, temporaries from a `Workspace`.
 from executor.model.architecture import Architecture, LayerMaths
 from executor.model.attention import decode_attention, prefill_attention
 from executor.model.experts import run_experts
-from executor.model.feed_forward import Activation, FeedForward, Glu, Router, Routing, Scores
+from executor.model.feed_forward import FeedForward
 from executor.model.gpu import GpuKernels
 from executor.model.head import embed, logits
 from executor.model.kernels import AbstractKernels, CpuKernels
@@ -18,7 +18,6 @@ from executor.model.layout import (
     DenseWeights,
     Experts,
     ExpertStack,
-    ExpertWeights,
     FfnWeights,
     HeadWeights,
     LatentWeights,
@@ -35,6 +34,7 @@ from executor.model.norm import Norm, NormKind, normed
 from executor.model.numbers import PromptNumbers, Reach, RowNumbers
 from executor.model.rotary import Rotary
 from executor.model.workspace import Workspace
+from executor.native.experts import Activation, ExpertWeights, Glu, Router, Routing, Scores
 
 __all__ = [
     "AbstractKernels",

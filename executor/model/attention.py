@@ -101,14 +101,8 @@ def _attended_natively(qkv_TX: Tensor, cache_C2Gd: Tensor, out_TQ: Tensor, softm
     ends = range(context - len(qkv_TX) + 1, context + 1)
     starts = [softmax.first_seen(end - 1) for end in ends]
     lengths = [end - start for start, end in zip(starts, ends, strict=True)]
-    native.decode_attention(
-        qkv_TX, cache_C2Gd, starts, lengths, out_TQ, scale=softmax.scale, sinks_H=_float(softmax.sinks_H)
-    )
+    native.decode_attention(qkv_TX, cache_C2Gd, starts, lengths, out_TQ, softmax.logits)
     return True
-
-
-def _float(sinks_H: Tensor | None) -> Tensor | None:
-    return None if sinks_H is None else sinks_H.float()
 
 
 def _after_prefix(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor, scale: float | None) -> None:
@@ -183,8 +177,7 @@ def decode_attention(
     """
     native, heads = kernels(), (block.num_kv_heads, block.head_dim)
     if native is not None and native.takes_attention(qkv_RX, cache_C2Gd, out_RQ, heads=heads):
-        of_cache = qkv_RX, cache_C2Gd, starts, lengths, out_RQ
-        native.decode_attention(*of_cache, scale=softmax.scale, sinks_H=_float(softmax.sinks_H), heads=heads)
+        native.decode_attention(qkv_RX, cache_C2Gd, starts, lengths, out_RQ, softmax.logits, heads=heads)
         return
     if is_quantised(cache_C2Gd):
         for r, (start, length) in enumerate(zip(starts, lengths, strict=True)):

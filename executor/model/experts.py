@@ -12,11 +12,10 @@ from torch import Tensor
 
 from executor.formats import Packed
 from executor.model.crossings import TOKENS_TRIED, Trial, Work, native_up_to, past_caches, random_numbers
-from executor.model.feed_forward import SILU, Glu, Routing
-from executor.model.layout import ExpertWeights
 from executor.model.linear import PACKED_PRODUCTS, multiply
 from executor.model.workspace import Workspace
 from executor.native import Kernels, kernels
+from executor.native.experts import SILU, ExpertWeights, Glu, Routing
 from executor.native.tape import is_recording
 from hrm.contract.temporaries import ALIGNMENT_BYTES
 
@@ -66,13 +65,13 @@ def run_experts(
     compute the experts of at most `max_native_tokens`, torch all others.
     """
     native = kernels()
-    if native is None or not native.takes_experts(x_TD, routing.weights_TK, routing.experts_TK, out_TD):
+    if native is None or not native.takes_experts(x_TD, routing, out_TD):
         return _run_in_torch(x_TD, routing, experts, out_TD, workspace, glu)
     given = list(experts)
     if not is_recording():  # others will be chosen when it is played
         chosen = set(chain.from_iterable(routing.experts_TK.tolist()))
         given = [(index, weights) for index, weights in given if index in chosen]
-    if not given or not len(x_TD) or not native.takes_weights(given[0][1].w13, given[0][1].w2):
+    if not given or not len(x_TD) or not native.takes_weights(given[0][1]):
         return _run_in_torch(x_TD, routing, given, out_TD, workspace, glu)
     counts, left_out = _run_natively(native, x_TD, routing, given, out_TD, workspace, glu)
     if left_out:
@@ -97,16 +96,12 @@ def _run_natively(
     mark = workspace.mark()
     done = native.run_experts(
         x_TD,
-        routing.weights_TK,
-        routing.experts_TK,
-        [(index, weights.w13, weights.w2) for index, weights in experts],
+        routing,
+        experts,
         out_TD,
         workspace.take((min(planned, enough),), torch.float32),
         max_tokens=max_native_tokens(x_TD.dtype, packed=isinstance(experts[0][1].w13, Packed)),
-        activation=glu.activation,
-        limit=glu.limit,
-        weight_on_input=glu.weight_on_input,
-        biases=[(w.w13_bias, w.w2_bias) for _, w in experts if w.w13_bias is not None and w.w2_bias is not None],
+        glu=glu,
     )
     workspace.release(mark)
     return done

@@ -11,7 +11,7 @@ cache, E experts, K experts per token, I intermediate, N = T*K routed rows, n of
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, ClassVar, Final, final
+from typing import Any, ClassVar, Final, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 from executor.model.attention import prefill_attention
-from executor.model.feed_forward import SILU, Glu, Routing
 from executor.model.kernels import AbstractKernels
 from executor.model.kv_attention import attend_to_codes
 from executor.model.kv_rows import is_quantised
@@ -28,6 +27,7 @@ from executor.model.linear import multiply
 from executor.model.numbers import PromptNumbers, RowNumbers
 from executor.model.softmax import PLAIN, Softmax, attend
 from executor.model.workspace import Workspace
+from executor.native.experts import SILU, Glu, Routing
 from hrm.layers import GroupedQueryAttention
 from hrm.units import MIB
 
@@ -67,12 +67,10 @@ class GpuKernels(AbstractKernels):
         Without flash attention the caches of as many requests as fit `spare_bytes` are gathered at
         a time. Quantised ones are gathered in any case.
         """
-        numbers, longest = rows.views, max(rows.lengths)
-        assert numbers is not None, "the numbers were not sent to the device"
+        numbers, longest = rows.sent, rows.longest
         query_RHd = qkv_RX[:, : block.query_size].view(-1, block.num_heads, block.head_dim)
         if is_quantised(cache_C2Gd):
-            given = query_RHd, cache_C2Gd, numbers, longest, out_RQ
-            attend_to_codes(block, *given, softmax, spare_bytes=spare_bytes)
+            attend_to_codes(block, query_RHd, cache_C2Gd, rows, out_RQ, softmax, spare_bytes=spare_bytes)
             return
         keys_CGd, values_CGd = cache_C2Gd.unbind(1)
         if self.flash is not None and _takes_flash(cache_C2Gd.dtype, block.head_dim):
@@ -97,13 +95,9 @@ class GpuKernels(AbstractKernels):
         at_once = max(1, spare_bytes // (2 * longest * token_bytes))
         for first in range(0, len(query_RHd), at_once):
             some = slice(first, first + at_once)
-            starts_r1 = numbers.starts[:-1][some].unsqueeze(1)
-            lengths_r1 = numbers.lengths_R[some].unsqueeze(1)
-            tokens_1L = torch.arange(longest, device=cache_C2Gd.device).unsqueeze(0)
-            rows_rL = starts_r1 + torch.minimum(tokens_1L, lengths_r1 - 1)
+            rows_rL, seen = numbers.places(some, range(longest))
             grouped = query_RHd[some].view(-1, block.num_kv_heads, group, block.head_dim)
             keys, values = (part[rows_rL].transpose(1, 2) for part in (keys_CGd, values_CGd))
-            seen = (tokens_1L < lengths_r1)[:, None, None, :]
             context = _with_sinks(grouped, keys, values, seen, softmax)
             out_RQ[some].copy_(context.reshape(-1, out_RQ.shape[1]))
 
@@ -183,96 +177,106 @@ class GpuKernels(AbstractKernels):
         row_bytes = x_TD.shape[1] * x_TD.itemsize
         is_worth_it = len(experts.stacks) > 1 and len(experts_N) * row_bytes >= WORTH_COUNTING_BYTES
         counts = counts_E.tolist() if is_worth_it or None in grouped else None
+        tokens = _RoutedTokens(x_TD, routing, out_TD, rows_at_once, num_experts, glu)
         for stack, gemm in zip(experts.stacks, grouped, strict=True):
-            ends = None if counts is None else _ends(counts, stack)
-            self._run_stack(x_TD, routing, stack, out_TD, rows_at_once, num_experts, glu, gemm, ends)
+            tokens.run(stack, gemm, None if counts is None else _ends(counts, stack))
         return counts_E
 
-    def _run_stack(
-        self,
-        x_TD: Tensor,
-        routing: Routing,
-        stack: ExpertStack,
-        out_TD: Tensor,
-        rows_at_once: int,
-        num_experts: int,
-        glu: Glu,
-        grouped: Callable[..., Tensor] | None,
-        ends: list[int] | None,
-    ) -> None:
-        per_token = routing.experts_TK.shape[1]
+
+@final
+@dataclass(frozen=True, slots=True)
+class _RoutedTokens:
+    """Tokens and which experts each goes to; a stack of these adds what it makes of its own to `out_TD`."""
+
+    x_TD: Tensor  # noqa: N815
+    routing: Routing
+    out_TD: Tensor  # noqa: N815
+    rows_at_once: int
+    num_experts: int
+    glu: Glu
+
+    def run(self, stack: ExpertStack, grouped: Callable[..., Tensor] | None, ends: list[int] | None) -> None:
+        """By a grouped GEMM if it is given; `ends` is where each expert's rows end, where the host knows."""
+        per_token = self.routing.experts_TK.shape[1]
         # The stack's own experts come first, whichever they are.
-        keys_N = (routing.experts_TK.flatten() - stack.first).remainder_(num_experts)
+        keys_N = (self.routing.experts_TK.flatten() - stack.first).remainder_(self.num_experts)
         sorted_N, order_N = keys_N.to(torch.int16).sort(stable=True)
         count = len(stack.w13_E2ID)
-        of_stack = torch.arange(count, device=x_TD.device, dtype=torch.int16)
+        of_stack = torch.arange(count, device=self.x_TD.device, dtype=torch.int16)
         ends_E = torch.searchsorted(sorted_N, of_stack, right=True, out_int32=True)
         del keys_N, sorted_N
-        tokens_N = order_N // per_token
-        weights_N1 = routing.weights_TK.flatten()[order_N].to(x_TD.dtype).unsqueeze(1)
         num_rows = len(order_N) if ends is None else ends[-1]
         if not num_rows:
             return
+        rows = _Rows(order_N // per_token, self.routing.weights_TK.flatten()[order_N].to(self.x_TD.dtype).unsqueeze(1))
         places_N = torch.empty_like(order_N)
-        places_N[order_N] = torch.arange(len(order_N), device=x_TD.device)
-        if grouped is not None and (2 * num_rows <= rows_at_once or per_token == 1):
+        places_N[order_N] = torch.arange(len(order_N), device=self.x_TD.device)
+        if grouped is not None and (2 * num_rows <= self.rows_at_once or per_token == 1):
             # Room for all at once. A row past them stands for all that are another stack's.
             here = slice(0, len(order_N) if ends is None else min(num_rows + 1, len(order_N)))
-            y_ND = self._outputs(x_TD, tokens_N[here], weights_N1[here], stack, ends_E, None, grouped, glu)
+            y_ND = self._outputs(rows.at(here), stack, ends_E, None, grouped)
             if ends is None:
-                _mask_others(y_ND, ends_E, count, num_experts)
+                _mask_others(y_ND, ends_E, count, self.num_experts)
             else:
                 y_ND[num_rows:].zero_()
                 places_N.clamp_(max=len(y_ND) - 1)
-            out_TD += y_ND[places_N].view(len(x_TD), per_token, -1).sum(1)
+            self.out_TD.add_(y_ND[places_N].view(len(self.x_TD), per_token, -1).sum(1))
             return
-        for first in range(0, num_rows, rows_at_once):
-            piece = slice(first, min(first + rows_at_once, num_rows))
+        for first in range(0, num_rows, self.rows_at_once):
+            piece = slice(first, min(first + self.rows_at_once, num_rows))
             size = piece.stop - first
             ends_here = (ends_E - first).clamp_(0, size)
             on_host = None if ends is None else [min(max(e - first, 0), size) for e in ends]
-            y_nD = self._outputs(x_TD, tokens_N[piece], weights_N1[piece], stack, ends_here, on_host, grouped, glu)
+            y_nD = self._outputs(rows.at(piece), stack, ends_here, on_host, grouped)
             if on_host is None:
-                _mask_others(y_nD, ends_here, count, num_experts)
-            _add_rows(out_TD, y_nD, places_N.view(len(x_TD), per_token) - first)
+                _mask_others(y_nD, ends_here, count, self.num_experts)
+            _add_rows(self.out_TD, y_nD, places_N.view(len(self.x_TD), per_token) - first)
             del y_nD
 
-    @staticmethod
     def _outputs(
-        x_TD: Tensor,
-        tokens_n: Tensor,
-        weights_n1: Tensor,
+        self,
+        rows: "_Rows",
         stack: ExpertStack,
         ends_E: Tensor,
         ends: list[int] | None,
         grouped: Callable[..., Tensor] | None,
-        glu: Glu,
     ) -> Tensor:
         """The experts' weighted outputs of rows sorted by expert; whatever it may be in rows of others."""
-        x_nD = x_TD.index_select(0, tokens_n)
+        glu, x_nD = self.glu, self.x_TD.index_select(0, rows.tokens_n)
         if glu.weight_on_input:
-            x_nD.mul_(weights_n1)
+            x_nD.mul_(rows.weights_n1)
         if grouped is not None and isinstance(stack.w13_E2ID, Tensor) and isinstance(stack.w2_EDI, Tensor):
             gate_up_n2I = grouped(x_nD, stack.w13_E2ID.transpose(-2, -1), offs=ends_E)
             del x_nD
             _add_bias(gate_up_n2I, stack.w13_bias_E2I, ends_E)
             y_nD = grouped(glu.apply(gate_up_n2I), stack.w2_EDI.transpose(-2, -1), offs=ends_E)
             _add_bias(y_nD, stack.w2_bias_ED, ends_E)
-            return y_nD if glu.weight_on_input else y_nD.mul_(weights_n1)
+            return y_nD if glu.weight_on_input else y_nD.mul_(rows.weights_n1)
         assert ends is not None
         gate_up_n2I = x_nD.new_empty(len(x_nD), stack.w13_E2ID.shape[1])
         start = 0
         for expert, end in enumerate(ends):
             if end > start:
-                rows = slice(start, end)
-                multiply(x_nD[rows], stack.w13_E2ID[expert], gate_up_n2I[rows])
+                own = slice(start, end)
+                multiply(x_nD[own], stack.w13_E2ID[expert], gate_up_n2I[own])
                 if stack.w13_bias_E2I is not None:
-                    gate_up_n2I[rows] += stack.w13_bias_E2I[expert]
-                gate_nI = glu.apply(gate_up_n2I[rows])
-                multiply(gate_nI, stack.w2_EDI[expert], x_nD[rows])  # done with as input
+                    gate_up_n2I[own] += stack.w13_bias_E2I[expert]
+                gate_nI = glu.apply(gate_up_n2I[own])
+                multiply(gate_nI, stack.w2_EDI[expert], x_nD[own])  # done with as input
             start = end
         _add_bias(x_nD, stack.w2_bias_ED, ends_E)
-        return x_nD if glu.weight_on_input else x_nD.mul_(weights_n1)
+        return x_nD if glu.weight_on_input else x_nD.mul_(rows.weights_n1)
+
+
+class _Rows(NamedTuple):
+    """Routed rows, sorted by expert: the token of each, and its weight."""
+
+    tokens_n: Tensor
+    weights_n1: Tensor
+
+    def at(self, piece: slice) -> "_Rows":
+        """Some of them."""
+        return _Rows(self.tokens_n[piece], self.weights_n1[piece])
 
 
 def _fill(caches_C2Gd: Sequence[Tensor | None], qkv_TX: Tensor, lengths: Sequence[int], heads: int) -> None:

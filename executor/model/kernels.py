@@ -12,11 +12,11 @@ from torch import Tensor
 
 from executor.model.attention import decode_attention, prefill_attention
 from executor.model.experts import run_experts
-from executor.model.feed_forward import SILU, Glu, Routing
 from executor.model.layout import Experts
 from executor.model.numbers import PromptNumbers, RowNumbers
 from executor.model.softmax import PLAIN, Softmax
 from executor.model.workspace import Workspace
+from executor.native.experts import SILU, Glu, Routing
 from hrm.layers import GroupedQueryAttention
 
 N = TypeVar("N", RowNumbers, PromptNumbers)

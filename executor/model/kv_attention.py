@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from executor.model.kv_rows import dequantised, gathered
-from executor.model.numbers import RowViews
+from executor.model.numbers import RowNumbers
 from executor.model.softmax import Softmax
 from hrm.layers import GroupedQueryAttention
 
@@ -19,8 +19,7 @@ def attend_to_codes(
     block: GroupedQueryAttention,
     query_RHd: Tensor,
     cache_CB: Tensor,
-    numbers: RowViews,
-    longest: int,
+    rows: RowNumbers,
     out_RQ: Tensor,
     softmax: Softmax,
     *,
@@ -29,8 +28,9 @@ def attend_to_codes(
     """Decode attention in float32 over what the codes mean.
 
     As many requests, and of one as many tokens, are gathered and widened at a time as fit `spare_bytes`;
-    softmaxes over parts of a context are merged. At most `longest` tokens are a request's.
+    softmaxes over parts of a context are merged.
     """
+    longest = rows.longest
     # The row, its place, keys and values in float32, one of them a second time, and a logit of each head.
     of_token = cache_CB.shape[1] + 32 + 6 * block.cached_elements + 5 * block.num_heads
     of_request = 4 * (4 * block.query_size + 8 * block.num_heads)  # queries, sums, and what is added to them
@@ -40,13 +40,10 @@ def attend_to_codes(
     for first in range(0, len(query_RHd), requests):
         some = slice(first, first + requests)
         grouped_rGhd = query_RHd[some].unflatten(1, (block.num_kv_heads, -1)).float() * scale
-        starts_r1, lengths_r1 = numbers.starts[:-1][some].unsqueeze(1), numbers.lengths_R[some].unsqueeze(1)
         sums = _begin(grouped_rGhd, softmax)
         for token in range(0, longest, tokens):
-            tokens_1L = torch.arange(token, min(token + tokens, longest), device=cache_CB.device).unsqueeze(0)
-            rows_rL = starts_r1 + torch.minimum(tokens_1L, lengths_r1 - 1)
-            unseen_r11L = (tokens_1L >= lengths_r1)[:, None, None, :]
-            sums = _add_part(block, grouped_rGhd, gathered(cache_CB, rows_rL), unseen_r11L, sums)
+            rows_rL, seen_r11L = rows.sent.places(some, range(token, min(token + tokens, longest)))
+            sums = _add_part(block, grouped_rGhd, gathered(cache_CB, rows_rL), seen_r11L.logical_not_(), sums)
         _, total, context = sums
         out_RQ[some].copy_(context.div_(total).flatten(1))
 

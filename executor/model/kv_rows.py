@@ -13,9 +13,10 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from executor.native import mixers
 from hrm.formats import KvFormat, aligned
 
-CODES: Final = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+CODES: Final = {name: dtype for dtype, name in mixers.CODES.items()}
 GREATEST: Final = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 SCALE: Final = torch.bfloat16
 PIECES: Final = 4  # in which tokens are quantised, so that float32 copies fit beside what prefill keeps

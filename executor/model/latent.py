@@ -10,6 +10,7 @@ cache. An expanded token has (H, v+k): of every head the value and then the key.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from executor.model.kv_rows import dequantised, gathered, is_quantised
-from executor.model.numbers import RowViews
+from executor.model.numbers import RowNumbers
 from executor.model.workspace import Workspace
 from executor.native import kernels
+from executor.native.mixers import SplitQuery
 from hrm.contract.temporaries import MASK_BLOCK_TOKENS
 from hrm.layers import LatentAttention
 
@@ -29,28 +31,26 @@ def decode_on_host(
     query_RHk: Tensor,
     kv_up: Tensor,
     cache_CL: Tensor,
-    starts: Sequence[int],
-    lengths: Sequence[int],
+    rows: RowNumbers,
     scale: float,
     out_RHv: Tensor,
 ) -> None:
     """Attention of one new token per request, by the native kernel or request by request."""
-    nope, rope = query_RHk.split((block.nope_head_dim, block.rope_head_dim), dim=2)
-    native = kernels()
-    if native is not None and native.takes_latent(nope, rope, cache_CL, kv_up, out_RHv):
-        native.latent_attention(nope, rope, cache_CL, kv_up, starts, lengths, scale, out_RHv)
+    native, query = kernels(), SplitQuery(*query_RHk.split((block.nope_head_dim, block.rope_head_dim), dim=2))
+    if native is not None and native.takes_latent(query, cache_CL, kv_up, out_RHv):
+        native.latent_attention(query, cache_CL, kv_up, rows.starts, rows.lengths, scale, out_RHv)
         return
     if is_quantised(cache_CL):
-        for r, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        for r, (start, length) in enumerate(zip(rows.starts, rows.lengths, strict=True)):
             rows_LL = dequantised(cache_CL.narrow(0, start, length), block.cached_parts, query_RHk.dtype)
-            one = slice(r, r + 1)
-            decode_on_host(block, query_RHk[one], kv_up, rows_LL, [0], [length], scale, out_RHv[one])
+            one, alone = slice(r, r + 1), replace(rows, starts=[0], lengths=[length])
+            decode_on_host(block, query_RHk[one], kv_up, rows_LL, alone, scale, out_RHv[one])
         return
     absorbed_RHL = _absorbed(block, query_RHk, kv_up)
     context_RHr = absorbed_RHL[..., : block.kv_rank]  # whose place it takes
-    for query_HL, context_Hr, start, length in zip(absorbed_RHL, context_RHr, starts, lengths, strict=True):
-        rows = cache_CL.narrow(0, start, length)[None, None]
-        context_Hr.copy_(_attended(query_HL[None, None], rows, block.kv_rank, None, scale)[0, 0])
+    for query_HL, context_Hr, start, length in zip(absorbed_RHL, context_RHr, rows.starts, rows.lengths, strict=True):
+        own = cache_CL.narrow(0, start, length)[None, None]
+        context_Hr.copy_(_attended(query_HL[None, None], own, block.kv_rank, None, scale)[0, 0])
     _write_values(block, context_RHr, kv_up, out_RHv)
 
 
@@ -59,8 +59,7 @@ def decode_at_once(
     query_RHk: Tensor,
     kv_up: Tensor,
     cache_CL: Tensor,
-    numbers: RowViews,
-    longest: int,
+    rows: RowNumbers,
     scale: float,
     out_RHv: Tensor,
     *,
@@ -73,14 +72,11 @@ def decode_at_once(
     if is_quantised(cache_CL):
         of_token += cache_CL.shape[1]
     of_head = (3 * size + 12) * block.cached_elements
-    at_once = max(1, spare_bytes // (longest * of_token + heads * of_head))
+    at_once = max(1, spare_bytes // (rows.longest * of_token + heads * of_head))
     for first in range(0, len(query_RHk), at_once):
         some = slice(first, first + at_once)
-        starts_r1, lengths_r1 = numbers.starts[:-1][some].unsqueeze(1), numbers.lengths_R[some].unsqueeze(1)
-        tokens_1C = torch.arange(longest, device=cache_CL.device).unsqueeze(0)
-        rows_rC = starts_r1 + torch.minimum(tokens_1C, lengths_r1 - 1)
+        rows_rC, seen_r11C = rows.sent.places(some, range(rows.longest))
         rows_rCL = _rows(block, cache_CL, rows_rC, query_RHk.dtype)
-        seen_r11C = (tokens_1C < lengths_r1)[:, None, None, :]
         query_r1HL = _absorbed(block, query_RHk[some], kv_up).unsqueeze(1)
         context_r1Hr = _attended(query_r1HL, rows_rCL.unsqueeze(1), block.kv_rank, seen_r11C, scale)
         _write_values(block, context_r1Hr[:, 0], kv_up, out_RHv[some])

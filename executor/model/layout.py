@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from executor.formats import Matrix, packed_in
+from executor.native.experts import ExpertWeights
 from hrm.formats import FORMATS, Format
 from hrm.layers import (
     Block,
@@ -144,16 +145,6 @@ class DenseWeights:
 
     mixer: Any
     ffn: Any
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertWeights:
-    """One expert: `w2 @ (silu(gate) * up)`, where `w13 @ x` is the gate followed by the up half."""
-
-    w13: Matrix  # (2I, D)
-    w2: Matrix  # (D, I)
-    w13_bias: Tensor | None = None  # (2I)
-    w2_bias: Tensor | None = None  # (D)
 
 
 @dataclass(frozen=True, slots=True)

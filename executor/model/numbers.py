@@ -74,6 +74,15 @@ class RowViews:
         starts, lengths, queries = narrow[: 3 * count + 2].split((count + 1, count, count + 1))
         return RowViews(flat[:count], flat[count : 2 * count], starts, lengths, queries)
 
+    def places(self, some: slice, tokens: range) -> tuple[Tensor, Tensor]:
+        """Rows of the cache that hold these tokens of some requests, (r, L), and which they have, (r, 1, 1, L).
+
+        Where a request has fewer, it is the row of its last one.
+        """
+        starts_r1, lengths_r1 = self.starts[:-1][some].unsqueeze(1), self.lengths_R[some].unsqueeze(1)
+        tokens_1L = torch.arange(tokens.start, tokens.stop, device=self.starts.device).unsqueeze(0)
+        return starts_r1 + torch.minimum(tokens_1L, lengths_r1 - 1), (tokens_1L < lengths_r1)[:, None, None, :]
+
 
 @dataclass(frozen=True, slots=True)
 class RowNumbers:
@@ -88,6 +97,17 @@ class RowNumbers:
     starts: Sequence[int]
     lengths: Sequence[int]
     views: RowViews | None = None
+
+    @property
+    def sent(self) -> RowViews:
+        """The views, where a device computes."""
+        assert self.views is not None, "the numbers were not sent to the device"
+        return self.views
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that any request has."""
+        return max(self.lengths)
 
     def write(self, to: Tensor) -> None:
         """Write them to memory that is sent to a device."""

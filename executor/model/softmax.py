@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from executor.model.numbers import Reach
+from executor.native.mixers import Logits
 from hrm.contract.temporaries import MASK_BLOCK_TOKENS
 
 
@@ -25,6 +26,11 @@ class Softmax:
     scale: float | None = None
     sinks_H: Tensor | None = None  # noqa: N815
     reach: Reach = Reach()  # noqa: RUF009 - frozen
+
+    @property
+    def logits(self) -> Logits:
+        """The same but for the reach, as native kernels are told."""
+        return Logits(self.scale, sinks_H=None if self.sinks_H is None else self.sinks_H.float())
 
     def is_plain(self, tokens: int) -> bool:
         """Whether that many tokens are attended to as if there were neither sinks nor a reach."""

@@ -21,9 +21,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import cache
-from math import inf
 from shutil import which
 from typing import Final
 
@@ -34,6 +32,7 @@ from executor.errors import RunError
 from executor.formats import Matrix, Packed
 from executor.native.choices import ChoiceKernels
 from executor.native.compiled import DTYPES, module
+from executor.native.experts import SILU, ExpertWeights, Glu, Routing
 from hrm.units import MIB
 
 VARIABLE: Final = "EXECUTOR_NATIVE"
@@ -46,57 +45,42 @@ _LEAST_GROUP: Final = 16  # columns that are multiplied together
 _PAST_CACHES_BYTES: Final = 4 * MIB  # less may still be in a cache when it is read
 
 
-class Activation(IntEnum):
-    """What an expert makes of its gate and up projections, numbered as in `kernels.hpp`."""
-
-    SILU = 0  # silu(gate) * up
-    GELU_TANH = 1  # gelu(gate) * up, with the tanh that approximates it
-    CLAMPED = 2  # (up + 1) * gate * sigmoid(1.702 * gate), gates clamped from above, ups to ± limit
-
-
 @dataclass(frozen=True, slots=True)
 class Kernels(ChoiceKernels):
     """All kernels by one path: those that mix tokens, those that choose, and those below."""
 
-    def takes_experts(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, out_TD: Tensor) -> bool:
+    def takes_experts(self, x_TD: Tensor, routing: Routing, out_TD: Tensor) -> bool:
         """Whether `run_experts` can compute this; it is torch's otherwise."""
         return (
             x_TD.is_cpu
             and x_TD.dtype in DTYPES
             and out_TD.dtype is x_TD.dtype
-            and weights_TK.dtype is torch.float32
-            and weights_TK.is_contiguous()
-            and experts_TK.is_contiguous()
+            and routing.weights_TK.dtype is torch.float32
+            and routing.weights_TK.is_contiguous()
+            and routing.experts_TK.is_contiguous()
             and x_TD.stride(-1) == out_TD.stride(-1) == 1
         )
 
     @staticmethod
-    def takes_weights(w13: Matrix, w2: Matrix) -> bool:
+    def takes_weights(like: ExpertWeights) -> bool:
         """Whether `run_experts` can compute with experts whose matrices are like these."""
-        return all(isinstance(matrix, Tensor) or takes_packed(matrix) for matrix in (w13, w2))
+        return all(isinstance(matrix, Tensor) or takes_packed(matrix) for matrix in (like.w13, like.w2))
 
     def run_experts(
         self,
         x_TD: Tensor,
-        weights_TK: Tensor,
-        experts_TK: Tensor,
-        experts: Sequence[tuple[int, Matrix, Matrix]],
+        routing: Routing,
+        experts: Sequence[tuple[int, ExpertWeights]],
         out_TD: Tensor,
         scratch: Tensor,
         *,
         max_tokens: int,
-        activation: Activation = Activation.SILU,
-        limit: float = inf,
-        weight_on_input: bool = False,
-        biases: Sequence[tuple[Tensor, Tensor]] = (),
+        glu: Glu = SILU,
     ) -> tuple[list[int], list[int]]:
-        """Add the weighted output of each of `experts`, (index, w13, w2), to `out_TD`.
+        """Add the weighted output of each of `experts`, (index, weights), to `out_TD`.
 
-        w13 (2I, D) are the gate's rows and then the up projection's, w2 is (D, I), each packed in every
-        expert as it is in the first, and `biases`, if there are any, are as many pairs (2I), (D) of the
-        tokens' dtype; all lie without gaps. `limit` is of `Activation.CLAMPED`. With `weight_on_input`
-        tokens are multiplied by their weights before the experts, not after. The sums are float32,
-        the activations are rounded once.
+        Matrices are packed in every expert as they are in the first, and biases, which all experts have or none, are
+        of the tokens' dtype; all lie without gaps. The sums are float32, the activations are rounded once.
 
         `scratch`, flat and float32, holds the activations, `activation_floats` for each token of
         an expert; as many experts as it has room for are computed together. Those of more tokens
@@ -104,31 +88,32 @@ class Kernels(ChoiceKernels):
         to each expert, up to the last that any is, and the positions in `experts` of those left
         out.
         """
+        first, each = experts[0][1], [weights for _, weights in experts]
         return module().run_experts(
             path=self.path,
             dtype=DTYPES[x_TD.dtype],
             hidden=x_TD.shape[1],
-            intermediate=experts[0][2].shape[1],
+            intermediate=first.w2.shape[1],
             num_tokens=len(x_TD),
-            experts_per_token=experts_TK.shape[1],
+            experts_per_token=routing.experts_TK.shape[1],
             x=x_TD.data_ptr(),
             x_stride=x_TD.stride(0) * x_TD.itemsize,
-            experts=experts_TK.data_ptr(),
-            weights=weights_TK.data_ptr(),
+            experts=routing.experts_TK.data_ptr(),
+            weights=routing.weights_TK.data_ptr(),
             out=out_TD.data_ptr(),
             out_stride=out_TD.stride(0) * x_TD.itemsize,
             scratch=scratch.data_ptr(),
             scratch_floats=len(scratch),
-            indices=[index for index, _, _ in experts],
-            w13=[_addresses(w13) for _, w13, _ in experts],
-            w2=[_addresses(w2) for _, _, w2 in experts],
-            packing13=_packing(experts[0][1]),
-            packing2=_packing(experts[0][2]),
-            bias13=[bias13.data_ptr() for bias13, _ in biases],
-            bias2=[bias2.data_ptr() for _, bias2 in biases],
-            activation=activation,
-            limit=limit,
-            weight_on_input=weight_on_input,
+            indices=[index for index, _ in experts],
+            w13=[_addresses(one.w13) for one in each],
+            w2=[_addresses(one.w2) for one in each],
+            packing13=_packing(first.w13),
+            packing2=_packing(first.w2),
+            bias13=[one.w13_bias.data_ptr() for one in each if one.w13_bias is not None],
+            bias2=[one.w2_bias.data_ptr() for one in each if one.w2_bias is not None],
+            activation=glu.activation,
+            limit=glu.limit,
+            weight_on_input=glu.weight_on_input,
             max_tokens=max_tokens,
             threads=torch.get_num_threads(),
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from executor.native.compiled import DTYPES, module
+from executor.native.experts import Router, Routing, Scores
 from executor.native.mixers import MixerKernels
 
 _GROUPS: Final = 64  # of experts, at most
@@ -50,41 +51,30 @@ class ChoiceKernels(MixerKernels):
         )
 
     def choose_experts(
-        self,
-        logits_TE: Tensor,
-        weights_TK: Tensor,
-        experts_TK: Tensor,
-        *,
-        sigmoid: bool = False,
-        groups: int = 1,
-        chosen_groups: int = 1,
-        best_of_group: int = 1,
-        normalised: bool = True,
-        scale: float = 1.0,
-        correction_E: Tensor | None = None,
+        self, logits_TE: Tensor, out: Routing, router: Router, correction_E: Tensor | None = None
     ) -> None:
-        """Each token's experts of greatest score, these first, and their scores as weights (float32, int64).
+        """Each token's experts of greatest score, these first, and their scores as weights.
 
         Scores are float32: a softmax of the logits, or each one's sigmoid, to within 2e-6. What is done with them
-        is as in `executor.model.feed_forward.Router`. Of equals the first is chosen.
+        `router` says, whose norm is 1 or None. Of equals the first is chosen.
         """
         module().choose_experts(
             path=self.path,
             dtype=DTYPES[logits_TE.dtype],
             tokens=len(logits_TE),
             experts=logits_TE.shape[1],
-            chosen=weights_TK.shape[1],
+            chosen=out.weights_TK.shape[1],
             logits=logits_TE.data_ptr(),
             stride=logits_TE.stride(0),
-            sigmoid=sigmoid,
-            groups=groups,
-            chosen_groups=chosen_groups,
-            best_of_group=best_of_group,
-            normalised=normalised,
-            scale=scale,
+            sigmoid=router.scores is Scores.SIGMOID,
+            groups=router.groups,
+            chosen_groups=router.chosen_groups,
+            best_of_group=router.best_of_group,
+            normalised=router.norm is not None,
+            scale=router.scale,
             correction=0 if correction_E is None else correction_E.data_ptr(),
-            out_weights=weights_TK.data_ptr(),
-            out_experts=experts_TK.data_ptr(),
+            out_weights=out.weights_TK.data_ptr(),
+            out_experts=out.experts_TK.data_ptr(),
             threads=torch.get_num_threads(),
         )
 

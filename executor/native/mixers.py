@@ -7,7 +7,7 @@ Of the delta rule: H value heads, X channels of the convolution, k its kernel.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,48 @@ from hrm.formats import aligned
 
 _HEAD_DIM_UNIT: Final = 8
 CODES: Final = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # what a quantised cache's rows may be of
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """What softmax is taken of: products times `scale`, 1/sqrt(d) if it is None.
+
+    A `softcap` makes of them `softcap * tanh(logit / softcap)`. `sinks_H`, float32, are one more logit of each head,
+    which has no value.
+    """
+
+    scale: float | None = None
+    softcap: float = 0.0
+    sinks_H: Tensor | None = None  # noqa: N815
+
+
+PLAIN: Final = Logits()
+
+
+class SplitQuery(NamedTuple):
+    """The parts of a query of latent attention without and with rotation: `q[..., :n]` and `q[..., n:]` will do."""
+
+    nope_RHn: Tensor  # noqa: N815
+    rope_RHp: Tensor  # noqa: N815
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaStep:
+    """One new token of each request for the gated delta rule, and what it meets.
+
+    X of `qkv_RX` are the queries and keys of all key heads and the values of all value heads, several of which in a
+    row share a key head. `states`, float32, are rows (H, key_dim, value_dim), and `conv_states` rows (k - 1, X) of the
+    tokens before, the earliest first; rows may lie apart.
+    """
+
+    qkv_RX: Tensor  # noqa: N815
+    convolution_Xk: Tensor  # noqa: N815
+    conv_states: Tensor
+    states: Tensor
+    a_RH: Tensor  # noqa: N815
+    b_RH: Tensor  # noqa: N815
+    log_rate_H: Tensor  # noqa: N815
+    step_bias_H: Tensor  # noqa: N815
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +97,15 @@ class MixerKernels:
         starts: Sequence[int],
         lengths: Sequence[int],
         out_RQ: Tensor,
+        logits: Logits = PLAIN,
         *,
-        scale: float | None = None,
-        softcap: float = 0.0,
-        sinks_H: Tensor | None = None,
         heads: tuple[int, int] | None = None,
     ) -> None:
         """Attention of one new token per request over `lengths[r]` tokens from `starts[r]` on.
 
         Each row of `queries_RX` begins with the request's queries; rows of it and of `out_RQ` may lie
-        apart. The logits are scaled, by 1/sqrt(d) unless `scale` says else; a `softcap` makes them
-        `softcap * tanh(logit / softcap)`. `sinks_H`, float32, are one more logit of each head, which
-        has no value. Logits and sums are float32. Requests may attend to the same tokens, so those of
-        a prompt can each be one, whose stretch begins where its window does and ends with itself.
+        apart. Logits and sums are float32. Requests may attend to the same tokens, so those of a prompt
+        can each be one, whose stretch begins where its window does and ends with itself.
 
         A cache may be rows (C, B) of int8 or float8_e4m3fn, as `hrm.formats.KvFormat` lays them out; then
         `heads` are how many KV heads there are and how wide. What its codes mean is rounded to the
@@ -76,6 +114,7 @@ class MixerKernels:
         kv_heads, head_dim = heads or cache_C2Gd.shape[2:]
         size = out_RQ.itemsize
         num_heads = out_RQ.shape[1] // head_dim
+        sinks_H = logits.sinks_H
         assert sinks_H is None or len(sinks_H) == num_heads, (sinks_H, num_heads)
         checked(starts, lengths)
         module().decode_attention(
@@ -84,8 +123,8 @@ class MixerKernels:
             heads=num_heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            scale=head_dim**-0.5 if scale is None else scale,
-            softcap=softcap,
+            scale=head_dim**-0.5 if logits.scale is None else logits.scale,
+            softcap=logits.softcap,
             sinks=0 if sinks_H is None else sinks_H.data_ptr(),
             queries=queries_RX.data_ptr(),
             query_stride=queries_RX.stride(0) * size,
@@ -99,23 +138,22 @@ class MixerKernels:
             threads=torch.get_num_threads(),
         )
 
-    def takes_latent(self, q_nope: Tensor, q_rope: Tensor, cache_CL: Tensor, kv_up: Tensor, out_RHv: Tensor) -> bool:
+    def takes_latent(self, query: SplitQuery, cache_CL: Tensor, kv_up: Tensor, out_RHv: Tensor) -> bool:
         """Whether `latent_attention` can compute this; it is torch's otherwise."""
         return (
             cache_CL.is_cpu
             and out_RHv.dtype in DTYPES
-            and q_nope.dtype is q_rope.dtype is kv_up.dtype is out_RHv.dtype
+            and query.nope_RHn.dtype is query.rope_RHp.dtype is kv_up.dtype is out_RHv.dtype
             and (cache_CL.dtype is out_RHv.dtype or cache_CL.dtype in CODES)
             and cache_CL.is_contiguous()
             and kv_up.is_contiguous()
-            and q_nope.stride(-1) == q_rope.stride(-1) == out_RHv.stride(-1) == 1
+            and query.nope_RHn.stride(-1) == query.rope_RHp.stride(-1) == out_RHv.stride(-1) == 1
             and out_RHv.stride(1) == out_RHv.shape[2]
         )
 
     def latent_attention(
         self,
-        q_nope_RHn: Tensor,
-        q_rope_RHp: Tensor,
+        query: SplitQuery,
         cache_CL: Tensor,
         kv_up: Tensor,
         starts: Sequence[int],
@@ -130,8 +168,9 @@ class MixerKernels:
         the compressed vector to each head's key and then to its value. It is applied to the queries
         and to the outputs instead (arXiv 2405.04434, §2.1.2), which are rounded between the steps.
         A cache of int8 or float8_e4m3fn is rows of codes with a scale for the vector and one for the key.
-        Requests, and heads of the queries, may lie apart: `q[..., :n]` and `q[..., n:]` will do.
+        Requests, and heads of the queries, may lie apart.
         """
+        q_nope_RHn, q_rope_RHp = query
         requests, heads, nope = q_nope_RHn.shape
         rope, value_dim = q_rope_RHp.shape[2], out_RHv.shape[2]
         rank = kv_up.numel() // (heads * (nope + value_dim))
@@ -165,58 +204,33 @@ class MixerKernels:
             threads=torch.get_num_threads(),
         )
 
-    def takes_gated_delta(
-        self,
-        qkv_RX: Tensor,
-        convolution_Xk: Tensor,
-        conv_states: Tensor,
-        states: Tensor,
-        a_RH: Tensor,
-        b_RH: Tensor,
-        log_rate_H: Tensor,
-        step_bias_H: Tensor,
-        out_RV: Tensor,
-    ) -> bool:
+    def takes_gated_delta(self, step: DeltaStep, out_RV: Tensor) -> bool:
         """Whether `gated_delta_step` can compute this; it is torch's otherwise."""
-        rows = (qkv_RX, a_RH, b_RH, out_RV)
+        rows = (step.qkv_RX, step.a_RH, step.b_RH, out_RV)
         return (
-            states.is_cpu
-            and states.dtype is torch.float32
-            and states[:1].is_contiguous()
-            and conv_states[:1].is_contiguous()
-            and convolution_Xk.is_contiguous()
-            and qkv_RX.dtype in DTYPES
-            and all(each.dtype is qkv_RX.dtype for each in (*rows, convolution_Xk, conv_states))
+            step.states.is_cpu
+            and step.states.dtype is torch.float32
+            and step.states[:1].is_contiguous()
+            and step.conv_states[:1].is_contiguous()
+            and step.convolution_Xk.is_contiguous()
+            and step.qkv_RX.dtype in DTYPES
+            and all(each.dtype is step.qkv_RX.dtype for each in (*rows, step.convolution_Xk, step.conv_states))
             and all(each.stride(-1) == 1 for each in rows)
-            and _is_float_vector(log_rate_H)
-            and _is_float_vector(step_bias_H)
+            and _is_float_vector(step.log_rate_H)
+            and _is_float_vector(step.step_bias_H)
         )
 
-    def gated_delta_step(
-        self,
-        qkv_RX: Tensor,
-        convolution_Xk: Tensor,
-        conv_states: Tensor,
-        states: Tensor,
-        a_RH: Tensor,
-        b_RH: Tensor,
-        log_rate_H: Tensor,
-        step_bias_H: Tensor,
-        rows: Sequence[int],
-        out_RV: Tensor,
-    ) -> None:
+    def gated_delta_step(self, step: DeltaStep, rows: Sequence[int], out_RV: Tensor) -> None:
         """One new token of each request through the gated delta rule (arXiv 2412.06464), in place.
 
-        `states`, float32, are rows (H, key_dim, value_dim) of H value heads, and `conv_states` rows
-        (k - 1, X) of the tokens before, the earliest first: request r's are row `rows[r]` of both, and
-        rows may lie apart. X are the queries and keys of all key heads and the values of all value
-        heads; several value heads in a row share a key head. They are convolved with `convolution_Xk`,
+        Request r's states are row `rows[r]`. Queries, keys and values are convolved with `convolution_Xk`,
         the newest token's weight last, go through SiLU, and queries and keys are normed (epsilon
         1e-6). A head's state decays by `exp(-exp(log_rate) * softplus(a + step_bias))`, with both
         float32, and `sigmoid(b)` of what it differs by from the value is added for the key. `out_RV`,
         V = H * value_dim, is what it then holds for the query over sqrt(key_dim). All is float32 but
         what is given, kept of the convolution and returned.
         """
+        qkv_RX, convolution_Xk, conv_states, states = step.qkv_RX, step.convolution_Xk, step.conv_states, step.states
         num_states, value_heads, key_dim, value_dim = states.shape
         channels, kernel = convolution_Xk.shape
         key_heads = (channels - value_heads * value_dim) // (2 * key_dim)
@@ -243,12 +257,12 @@ class MixerKernels:
             states=states.data_ptr(),
             state_stride=states.stride(0),
             num_states=num_states,
-            a=a_RH.data_ptr(),
-            a_stride=a_RH.stride(0),
-            b=b_RH.data_ptr(),
-            b_stride=b_RH.stride(0),
-            log_rate=log_rate_H.data_ptr(),
-            step_bias=step_bias_H.data_ptr(),
+            a=step.a_RH.data_ptr(),
+            a_stride=step.a_RH.stride(0),
+            b=step.b_RH.data_ptr(),
+            b_stride=step.b_RH.stride(0),
+            log_rate=step.log_rate_H.data_ptr(),
+            step_bias=step.step_bias_H.data_ptr(),
             rows=rows,
             out=out_RV.data_ptr(),
             out_stride=out_RV.stride(0),

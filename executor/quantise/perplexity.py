@@ -19,6 +19,7 @@ from executor.job.room import AnswerRoom
 from executor.job.tokenizer import TextTokenizer, missing_tokenizer
 from executor.quantise.report import Perplexity
 from executor.sampling import SamplingParams
+from executor.weight_pages import StoredWeights
 from hrm.files import read_regular
 from hrm.formats import FORMATS
 from hrm.machines import load_host, with_memory, without_gpus
@@ -89,7 +90,7 @@ def perplexity(model: Path, texts: Sequence[Tokens], *, kv_format: str = "") -> 
         requests = [_forced(index, text) for index, text in enumerate(texts)]
         for request in requests:
             check_request(request, arch, planned.policy)
-        made = Generator(prepared.backend, arch, prepared.planned, family=family, source=checkpoint, max_spans=0)
+        made = Generator(prepared, arch, StoredWeights(checkpoint, family), max_spans=0)
     found = Perplexity()
     with made:
         for index, batch in enumerate(Batcher(iter(requests), planned.policy)):

@@ -15,11 +15,10 @@ from executor.errors import RunError
 from executor.generate import AbstractGenerator
 from executor.group import LostRankError
 from executor.guard import in_a_line
-from hrm.acts import decode, prefill
+from hrm.acts import waits_for_ranks
 from hrm.errors import HrmError
 
 PULSE_S: Final = 0.5
-_RECEIVE: Final = frozenset({prefill.EMBED, decode.EMBED})  # from another stage, in a pipeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +85,7 @@ class Pulse(msgspec.Struct, kw_only=True):
         for task in generator.engine.under_way:
             act = task.id.act
             texts.append(f"task {task.id} ({act.name}) in lane {task.lane}")
-            if not (act.reduces or act.ends_step or act in _RECEIVE):
+            if not waits_for_ranks(act, in_pipeline=True):
                 works.append(texts[-1])
         return Pulse(
             number=number,

@@ -16,7 +16,7 @@ from executor.job.launch import Launch, launching_model
 from executor.job.machine import AcceleratorOptions, as_run
 from executor.job.model import OpenModel, opened
 from executor.job.rank import RankReport
-from executor.job.report import Totals, run_record
+from executor.job.report import Beginning, Counted, Totals, run_record
 from executor.job.requests import Line, LineReader, Rejected, with_body
 from executor.job.rows import line_of_row
 from executor.job.sampling_defaults import SamplingSource
@@ -159,11 +159,8 @@ class Engine:
         return run_record(
             generator,
             as_run(model.policy_file, generator.policy, generator.pageable),
-            totals,
-            weights=self._weights,
-            started=started,
-            sampling_defaults=model.defaults.values,
-            ranks=[report.record for report in self._ranks],
+            Counted(totals, [report.record for report in self._ranks]),
+            Beginning(weights=self._weights, sampling_defaults=model.defaults.values, started=started),
         )
 
     def close(self) -> None:

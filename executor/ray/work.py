@@ -11,7 +11,7 @@ from executor.errors import RunError
 from executor.handlers import ERROR
 from executor.job.options import JobOptions
 from executor.job.progress import JobProgress
-from executor.job.report import versions
+from executor.job.report import Ending, versions
 from executor.job.run import TRACE_JSON
 from executor.job.trace_file import TraceFile
 from executor.job.writer import OutputWriter
@@ -40,7 +40,8 @@ class FleetWork:
     def __init__(self, options: JobOptions, fleet: FleetOptions, plans: Sequence[Plan]) -> None:
         self._options, self._fleet, self._plans = options, fleet, plans
         self._started, self._start_s = datetime.now(UTC), time.time()
-        self._first_s = self._last_s = 0.0  # when a request was sent, and when an answer came
+        self._first_s: float | None = None  # when a request was sent
+        self._last_s: float | None = None  # and when an answer came
         self._asked: dict[Any, Member] = {}
         self._idle: list[Member] = []
         self._members: list[Member] = []
@@ -61,19 +62,20 @@ class FleetWork:
         finally:
             self._trace.end(folder / TRACE_JSON)
 
-    def record(self, outcome: str, message: str | None) -> FleetRecord:
+    def record(self, ending: Ending) -> FleetRecord:
         """What run.json holds of it."""
-        seconds = self._last_s - self._first_s
+        first_s, last_s = self._first_s, self._last_s
+        seconds = 0.0 if first_s is None or last_s is None else last_s - first_s
         return FleetRecord(
-            outcome=outcome,
-            message=message,
+            outcome=ending.outcome,
+            message=ending.message,
             started=self._started.isoformat(timespec="seconds"),
             ended=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=seconds,
             requests=self._answered,
             failed_requests=self._failed,
             generated_tokens=self._tokens,
-            tokens_per_s=self._tokens / seconds if seconds else 0.0,
+            tokens_per_s=self._tokens / seconds if seconds > 0 else 0.0,
             given_up=self._given_up,
             workers=[member.record(member.ready) for member in self._members if member.ready is not None],
             versions=versions(),
@@ -202,7 +204,9 @@ class FleetWork:
         if share is None:
             return False
         self._progress.stage = f"running on {counted(sum(one.alive for one in self._members), 'worker')}"
-        self._first_s, self._progress.elsewhere = self._first_s or time.time(), True
+        if self._first_s is None:
+            self._first_s = time.time()
+        self._progress.elsewhere = True
         member.share = share
         member.actor.begin.remote(list(share.left.values()))
         self._look(member)

@@ -10,11 +10,19 @@ from hrm.acts import decode, prefill
 from hrm.acts.load import Counts, Load
 from hrm.tasks import Act, Lane, Phase
 
-__all__ = ["ACTS", "NAMES", "Counts", "Load", "act_named", "add_act", "decode", "prefill"]
+__all__ = ["ACTS", "NAMES", "Counts", "Load", "act_named", "add_act", "decode", "prefill", "waits_for_ranks"]
 
 ACTS: Final[dict[Phase, tuple[Act, ...]]] = {Phase.PREFILL: prefill.ALL, Phase.DECODE: decode.ALL}
 # What each kind of task is called in files and legends: acts that differ by phase or lane only share one letter.
 NAMES: Final = {act.name: act.letter for act in (*decode.ALL, *prefill.ALL)}
+
+
+_RECEIVE: Final = frozenset({prefill.EMBED, decode.EMBED})  # from another stage, in a pipeline
+
+
+def waits_for_ranks(act: Act, *, in_pipeline: bool) -> bool:
+    """Whether ranks wait for one another in its tasks: in sums, in the choice of tokens, in what a stage receives."""
+    return act.reduces or act.ends_step or (in_pipeline and act in _RECEIVE)
 
 
 def add_act(act: Act) -> None:

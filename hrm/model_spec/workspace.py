@@ -1,9 +1,19 @@
 """Bytes that computing a layer takes for a while, beside its weights and what it reads and writes."""
 
+from typing import overload
+
 from hrm.contract.temporaries import DEQUANTISED_BYTES, DEQUANTISED_WEIGHTS, MASK_BLOCK_TOKENS, WORKSPACE_ROUNDING_BYTES
 from hrm.formats import Format
 from hrm.model_spec.spec import ModelSpec
 from hrm.numeric import Number, maximum
+
+
+@overload
+def workspace_bytes(spec: ModelSpec, num_tokens: int, compute: Format, *, longest_tokens: int = 0) -> int: ...
+
+
+@overload
+def workspace_bytes(spec: ModelSpec, num_tokens: Number, compute: Format, *, longest_tokens: Number = 0) -> Number: ...
 
 
 def workspace_bytes(spec: ModelSpec, num_tokens: Number, compute: Format, *, longest_tokens: Number = 0) -> Number:

@@ -176,7 +176,7 @@ def attention_marks(
                 mark = _mark(profile, points, dtype)
             else:
                 operator = spec.widest_kind.mixer.attend(Formats.of(dtype), 1, context)
-                mark = _mark_alone(profile, dtype, operator.intensity, None, reads_kv=True)
+                mark = _mark_alone(profile, dtype, float(operator.intensity), None, reads_kv=True)
             for members, other in groups:
                 if abs(mark.intensity / other.intensity - 1) < SAME:
                     members.append(context)
@@ -213,8 +213,8 @@ def ffn_marks(
                 mark = _mark(profile, points, dtype)
             else:
                 operator = spec.experts.run(Formats.of(dtype), size, spec.num_experts)
-                rows = operator.kernels[0].rows
-                mark = _mark_alone(profile, dtype, operator.intensity, rows, reads_kv=False)
+                rows = float(operator.kernels[0].rows)
+                mark = _mark_alone(profile, dtype, float(operator.intensity), rows, reads_kv=False)
             marks.append(replace(mark, label=_short(size)))
     return marks
 

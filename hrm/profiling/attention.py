@@ -16,8 +16,8 @@ from hrm.contract.host_kernels import HostKernels
 from hrm.hardware import Rate
 from hrm.layers import GroupedQueryAttention, LatentAttention
 from hrm.model_spec import ModelSpec
-from hrm.profiling.fit import fit_groups, fit_link
-from hrm.profiling.timing import Call, Sampler, measured, significant, summarise, time_each
+from hrm.profiling.fit import BENT, fit_groups, fit_link
+from hrm.profiling.timing import Call, Computer, measured, significant, summarise, time_each
 from hrm.units import GIB, MIB, format_seconds
 
 QUICK_CONTEXTS: Final = (128, 512, 2048)
@@ -28,7 +28,6 @@ QUICK_BYTES: Final = 256 * MIB
 FULL_BYTES: Final = GIB
 TILE_TOKENS: Final = 4096
 MAX_WINDOWS: Final = 512
-BENT: Final = 0.10
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,28 +50,20 @@ class Heads:
 
 
 def attention_rate(
-    dtype: str,
-    *,
-    heads: Heads,
-    quick: bool,
-    budget_s: float,
-    most_bytes: int,
-    device: str = "cpu",
-    sampler: Sampler | None = None,
-    kernels: HostKernels | None = None,
-    at_once: bool = False,
+    dtype: str, heads: Heads, computer: Computer, *, quick: bool, budget_s: float, at_once: bool = False
 ) -> Rate:
     """KV bytes a second, apart from what each request costs however short its context is.
 
     Measured over contexts and batches. The cache holds a token's keys and then its values, and
     requests are computed one by one, or all of a batch `at_once`, each call with other ones of a
-    cache too large to stay in the processor's, as a decode step meets every request once; it takes
-    `most_bytes` at most. `kernels` attend; torch does if there are none.
+    cache too large to stay in the processor's, as a decode step meets every request once. Kernels
+    attend; torch does if there are none.
     """
+    kernels = computer.kernels
     contexts = QUICK_CONTEXTS if quick else FULL_CONTEXTS
     batches = QUICK_BATCHES if quick else FULL_BATCHES
     kind: torch.dtype = getattr(torch, dtype)
-    cache = KvCache(kind, heads, min(QUICK_BYTES if quick else FULL_BYTES, most_bytes), device)
+    cache = KvCache(kind, heads, min(QUICK_BYTES if quick else FULL_BYTES, computer.most_bytes), computer.device)
     call_of = partial(batch_call if at_once else attention_call, cache)
     if kernels is not None:
         call_of = partial(kernels_call, kernels, cache)
@@ -83,7 +74,7 @@ def attention_rate(
         if context <= cache.tokens
     }
     with torch.inference_mode():
-        taken = time_each(calls, budget_s=budget_s, sampler=sampler)
+        taken = time_each(calls, budget_s=budget_s, sampler=computer.sampler)
     samples = {
         (context, batch): [s / min(batch, cache.tokens // context) for s in seconds]
         for (context, batch), seconds in taken.items()
@@ -125,10 +116,10 @@ def _over_batches(samples: dict[tuple[int, int], list[float]], batches: Sequence
 class KvCache:
     """Keys and values of many tokens, a token's keys and then its values."""
 
-    def __init__(self, kind: torch.dtype, heads: Heads, num_bytes: int, device: str) -> None:
+    def __init__(self, kind: torch.dtype, heads: Heads, num_bytes: float, device: str) -> None:
         self.kind, self.heads, self.device = kind, heads, device
         self.token_bytes = 2 * heads.kv * heads.head_dim * kind.itemsize
-        self.tokens = max(*FULL_CONTEXTS, num_bytes // self.token_bytes)
+        self.tokens = max(*FULL_CONTEXTS, int(num_bytes // self.token_bytes))
         row = (2, heads.kv, heads.head_dim)
         tile = torch.randn(min(self.tokens, TILE_TOKENS), *row, device=device).to(kind)
         self.data_C2Gd = tile.repeat(-(-self.tokens // len(tile)), 1, 1, 1)[: self.tokens]

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from hrm.hardware import Cache, Figure, Rate, Source
+from hrm.profiling.fit import BENT
 from hrm.profiling.timing import Call, Timing, summarise, time_each
 from hrm.profiling.topology import CacheFacts, allowed_cpus, one_of_each_core_first
 from hrm.units import KIB, MIB, counted, format_bytes
@@ -27,7 +28,6 @@ from hrm.units import KIB, MIB, counted, format_bytes
 SMALLEST_BYTES: Final = 8 * KIB
 BYTES_A_CALL: Final = 256 * MIB
 TILE_BYTES: Final = MIB
-BENT: Final = 0.10
 
 
 def cache_sizes(caches: Sequence[CacheFacts], threads: int) -> dict[str, list[int]]:

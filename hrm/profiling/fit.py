@@ -14,6 +14,7 @@ from typing import Any, Final
 
 AGREES: Final = 0.25  # logarithmic error up to which a size takes part in the fit
 MAX_GROUPS: Final = 7
+BENT: Final = 0.10  # a curve is kept if the straight line misses by more than this share
 
 Point = tuple[float, float]  # bytes, seconds
 

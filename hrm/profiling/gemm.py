@@ -4,8 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
-from math import inf
-from typing import Any, Final, final
+from typing import Any, Final, NamedTuple, final
 
 import torch
 
@@ -13,7 +12,7 @@ from hrm.contract.host_kernels import HostKernels
 from hrm.formats import FORMATS
 from hrm.hardware import Rate
 from hrm.model_spec import ModelSpec
-from hrm.profiling.timing import Call, Sampler, Timing, significant, summarise, time_each
+from hrm.profiling.timing import Call, Computer, Timing, significant, summarise, time_each
 from hrm.units import MIB
 
 QUICK_TOKENS: Final = (1, 4, 16, 64, 256)  # on a CPU; a GPU is soon through those of a full measurement
@@ -34,10 +33,15 @@ class GemmShape:
     outputs: int
 
 
-def model_shapes(
-    model: ModelSpec | None, *, quick: bool, scale_down: bool = True
-) -> tuple[tuple[GemmShape, GemmShape], str]:
-    """Shapes of an expert's w13 and w2, and a note saying whose they are.
+class Shapes(NamedTuple):
+    """Shapes of an expert's w13 and w2, and a note saying whose they are."""
+
+    of_expert: tuple[GemmShape, GemmShape]
+    note: str
+
+
+def model_shapes(model: ModelSpec | None, *, quick: bool, scale_down: bool = True) -> Shapes:
+    """Those of a model, or of some expert if there is none.
 
     Large models are scaled down, hidden and intermediate size alike, so that a CPU gets through.
     """
@@ -49,52 +53,41 @@ def model_shapes(
         factor *= 2
     note = f"shapes of {name}" + (f", sides divided by {factor}" if factor > 1 else "")
     hidden, inner = hidden // factor, inner // factor
-    return (GemmShape(hidden, 2 * inner), GemmShape(inner, hidden)), note
+    return Shapes((GemmShape(hidden, 2 * inner), GemmShape(inner, hidden)), note)
 
 
 def gemm_rate(
-    dtype: str,
-    *,
-    shapes: Sequence[GemmShape],
-    shapes_note: str,
-    quick: bool,
-    budget_s: float,
-    launch_s: float,
-    device: str = "cpu",
-    most_bytes: float = inf,
-    sampler: Sampler | None = None,
-    kernels: HostKernels | None = None,
-    packed: str = "",
+    dtype: str, shapes: Shapes, computer: Computer, *, quick: bool, budget_s: float, launch_s: float, packed: str = ""
 ) -> Rate:
     """FLOP/s of `dtype`: achieved as a curve over tokens at `shapes`, ceiling at its best.
 
-    With weights in a `packed` format, if one is told, which `kernels` must have; then there are no squares.
+    With weights in a `packed` format, if one is told, which the kernels must have; then there are no squares.
 
     The launch latency is taken off, as plans count it apart. Inputs are random, and weights cold
-    as far as the cache is smaller than a pool of them. Squares that do not fit `most_bytes` are
-    left out. `kernels` multiply tokens with the shapes; torch does if there are none, and always
-    the squares.
+    as far as the cache is smaller than a pool of them. Squares that do not fit are left out. Kernels
+    multiply tokens with the shapes; torch does if there are none, and always the squares.
     """
+    device, kernels = computer.device, computer.kernels
     tokens = QUICK_TOKENS if quick and device == "cpu" else FULL_TOKENS
     squares = () if packed else QUICK_SQUARES if quick else FULL_SQUARES
     if device != "cpu":
         squares = tuple(8 * side for side in squares)
-    squares = tuple(side for side in squares if FORMATS[dtype].bytes_of(3, side, side) <= most_bytes)
-    pools = {shape: _Pool(dtype, shape, device, kernels, packed) for shape in shapes}
+    squares = tuple(side for side in squares if FORMATS[dtype].bytes_of(3, side, side) <= computer.most_bytes)
+    pools = {shape: _Pool(dtype, shape, device, kernels, packed) for shape in shapes.of_expert}
     calls: dict[tuple[int, GemmShape], Call] = {
-        (count, shape): pools[shape].multiply(count, kernels) for count in tokens for shape in shapes
+        (count, shape): pools[shape].multiply(count, kernels) for count in tokens for shape in shapes.of_expert
     }
     for side in squares:
         square = GemmShape(side, side)
         calls[side, square] = _Pool(dtype, square, device).multiply(side)
     with torch.inference_mode():
-        taken = time_each(calls, budget_s=budget_s, sampler=sampler)
+        taken = time_each(calls, budget_s=budget_s, sampler=computer.sampler)
     timings = {key: summarise(seconds).less(launch_s) for key, seconds in taken.items()}
-    both = {count: _sum([timings[count, shape] for shape in shapes]) for count in tokens}
-    flops_a_token = sum(2.0 * shape.inputs * shape.outputs for shape in shapes)
+    both = {count: _sum([timings[count, shape] for shape in shapes.of_expert]) for count in tokens}
+    flops_a_token = sum(2.0 * shape.inputs * shape.outputs for shape in shapes.of_expert)
     rates = {count: count * flops_a_token / both[count].median_s for count in tokens}
     best = max(rates, key=lambda count: rates[count])
-    note = f"{shapes_note}; best at {best} tokens"
+    note = f"{shapes.note}; best at {best} tokens"
     note += f"; weights in {packed}" if packed else ""
     note += f"; {kernels.name}" if kernels else ""
     achieved = both[best].rate(best * flops_a_token, note)

@@ -8,14 +8,13 @@ from typing import Final
 import torch
 
 from hrm.contract.pacing import PacedCopy
-from hrm.hardware import Figure, Link, LinkKind, Rate
-from hrm.profiling.fit import LinkFit, fit_groups, fit_link
+from hrm.hardware import Link, LinkKind, Rate
+from hrm.profiling.fit import BENT, LinkFit, fit_groups, fit_link
 from hrm.profiling.timing import Sampler, measured, significant, summarise, time_each
 from hrm.units import KIB, MIB, format_bytes
 
 SMALLEST_BYTES: Final = 4 * KIB
 LARGEST_BYTES: Final = 512 * MIB
-BENT: Final = 0.10  # a curve is kept if the straight line misses by more than this share
 
 Transfer = Callable[[int], Callable[[], object]]  # for a size, the call that moves as much
 
@@ -37,7 +36,6 @@ def measure_link(
     budget_s: float,
     kind: LinkKind = "pinned",
     note: str = "",
-    datasheet: Figure | None = None,
     sampler: Sampler | None = None,
 ) -> Link:
     """Time transfers of each size and fit them.
@@ -59,11 +57,7 @@ def measure_link(
         bandwidth = replace(bandwidth, curve=_curve(points, fit))
     latency = measured(fit.latency_s, [one.latency_s for one in stretches], "fitted", samples)
     return Link(
-        source=source,
-        target=target,
-        kind=kind,
-        latency_s=latency,
-        bandwidth_bytes_per_s=Rate(datasheet=datasheet, achieved=bandwidth),
+        source=source, target=target, kind=kind, latency_s=latency, bandwidth_bytes_per_s=Rate(achieved=bandwidth)
     )
 
 

@@ -3,10 +3,11 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 from statistics import quantiles
 from typing import Final, TypeVar
 
+from hrm.contract.host_kernels import HostKernels
 from hrm.hardware import Figure, Source
 
 WARM_UP_SAMPLES: Final = 2
@@ -17,6 +18,19 @@ MIN_SAMPLE_S: Final = 1e-3  # shorter calls are timed several at a time
 K = TypeVar("K")
 Call = Callable[[], object]
 Sampler = Callable[[Call, int], float]  # seconds that so many calls take
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Computer:
+    """What computes while it is timed: torch on a `device`, or a runtime's own `kernels` on the host.
+
+    A `sampler` takes the times, the clock of this process if there is none, and inputs take `most_bytes` at most.
+    """
+
+    device: str = "cpu"
+    most_bytes: float = inf
+    sampler: Sampler | None = None
+    kernels: HostKernels | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,7 +105,7 @@ def _temporaries(spec: ModelSpec, gpus: int, prompt: float) -> float:
     """Bytes of a prompt's routed tokens in the fused expert kernel."""
     routed = prompt * spec.experts_per_token
     elements = routed * (gpus * spec.hidden_size + 3 * spec.intermediate_size)
-    return TEMPORARIES_MARGIN * _FORMATS.compute.bytes_of(elements)
+    return float(TEMPORARIES_MARGIN * _FORMATS.compute.bytes_of(elements))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +203,8 @@ def measured_step(comparison: ComparedRun) -> MeasuredStep:
     run, policy = comparison.run, comparison.predicted.policy
     spec, workload, gpus = load_model(run.model), run.workload, NUM_GPUS[run.setup]
     seconds = (run.seconds - comparison.predicted.prefill.seconds) / workload.decode_steps
-    weights = spec.num_layers * Point.of_policy(policy, spec).streamed_bytes(spec, _FORMATS.weights, Phase.DECODE)
+    of_layer = Point.of_policy(policy, spec).streamed_bytes(spec, _FORMATS.weights, Phase.DECODE)
+    weights = spec.num_layers * float(of_layer)
     context = workload.prompt_len + (1 + workload.decode_steps) / 2
     cache = run.batch_size * context * spec.kv_bytes_per_token(_FORMATS)
     return MeasuredStep(

@@ -83,7 +83,7 @@ def _with_pages(pipeline: Pipeline, spec: ModelSpec, policy: Policy) -> Pipeline
     layer = ((next(kind for kind in spec.layer_kinds() if kind.has_experts), 1),)
     fewest = placement.bytes_at(Place.STREAMED, layer, max(policy.resident_experts))
     dense = placement.bytes_at(Place.STREAMED, layer, spec.num_experts)
-    return pipeline.with_pages(pages_of(policy), dense_share=dense / fewest)
+    return pipeline.with_pages(pages_of(policy), dense_share=float(dense / fewest))
 
 
 def decode_pipeline(spec: ModelSpec, policy: Policy, *, num_steps: int = 1) -> Pipeline:

@@ -111,7 +111,7 @@ def pinned_needed(
 def gpu_room(space: Space, kind: Kind, numbers: Mapping[str, Ints]) -> Ints:
     """Bytes at the GPU's level that are left for the layers' weights and the slots."""
     needed = gpu_needed(space, kind, numbers, max_streamed_bytes=0, resident_bytes=0)
-    return space.profile.top.usable_bytes - needed
+    return np.asarray(space.profile.top.usable_bytes - needed)
 
 
 def most_residents(space: Space, dense: Ints, gpu_prefill: Ints, room: Ints) -> Ints:
@@ -152,10 +152,10 @@ def fits_memory(space: Space, kind: Kind, numbers: Mapping[str, Ints], room: Int
     return fits & (pinned_needed(space, kind, numbers, purposes) <= host.usable_pinned_bytes)
 
 
-def host_needed(space: Space, kind: Kind, numbers: Mapping[str, Ints], total: Ints) -> tuple[Number, Number]:
+def host_needed(space: Space, kind: Kind, numbers: Mapping[str, Ints], total: Ints) -> tuple[Ints, Ints]:
     """Bytes at the host's level with so many resident experts, and those of them that must be pinned."""
     _, _, purposes = _with_residents(space, kind, numbers, total)
-    return sum(purposes.values()), pinned_needed(space, kind, numbers, purposes)
+    return np.asarray(sum(purposes.values())), np.asarray(pinned_needed(space, kind, numbers, purposes))
 
 
 def _with_residents(

@@ -155,74 +155,98 @@ def best_in_program(bounder: Bounder, boxes: Boxes, above: float) -> tuple[int, 
 
     None if none is better than `above`, or if none fits.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    space, count = bounder.space, len(boxes)
-    phases = len(bounder.weights)
-    # Columns: chosen, experts and micro-batches beyond the low corner, experts of every layer, and
-    # the phases' seconds in units of the least that the box allows.
-    columns = np.arange((4 + phases) * count).reshape(-1, count)
-    chosen, experts, on_gpu, of_every_layer, *seconds = columns
-    rows = _Rows()
-    rows.at_most_zero((experts, 1.0), (chosen, boxes.low - boxes.high))
-    rows.at_most_zero((on_gpu, 1.0), (chosen, boxes.kv_low - boxes.kv_high))
-    layers = float(space.spec.num_expert_layers)
-    rows.at_most_zero((of_every_layer, layers), (chosen, -boxes.low), (experts, -1.0))
-    unit_bytes = Weights(space).expert_bytes
-    top, host = space.profile.top, space.profile.host
-    for planes, level in ((boxes.gpu_bytes, top), (boxes.cpu_bytes, host)):
-        for at_low, an_expert, a_micro_batch, a_layer in planes / unit_bytes:
-            rows.at_most_zero(
-                (chosen, at_low - level.usable_bytes / unit_bytes),
-                (experts, an_expert),
-                (on_gpu, a_micro_batch),
-                (of_every_layer, a_layer),
-            )
-    unit_s = bounder.tokens(boxes) / boxes.ceiling
-    matters = bounder.may_be_longest(boxes)
-    for term, phase in enumerate(bounder.phase_of_term):
-        of = np.flatnonzero(matters[term])
-        at_low, an_expert, a_micro_batch = boxes.terms[:, term, of] / unit_s[of]
-        rows.at_most_zero(
-            (chosen[of], at_low), (experts[of], an_expert), (on_gpu[of], a_micro_batch), (seconds[phase][of], -1.0)
-        )
-    first, *later = (weight * unit_s for weight in bounder.weights)
-    most_prefill_s, most_decode_s = allowed_s(space)
-    if most_prefill_s < inf:
-        rows.at_most_zero((seconds[0], first / most_prefill_s), (chosen, -1.0))
-    if most_decode_s < inf:
-        steps = zip(seconds[1:], later, strict=True)
-        rows.at_most_zero(*((column, each_s / most_decode_s) for column, each_s in steps), (chosen, -1.0))
-    known = above or float(boxes.ceiling.max())
-    costs = np.zeros(columns.shape)
-    costs[0] = -1.0
-    costs[4:] = np.multiply.outer(bounder.weights, known / boxes.ceiling)
-    most = np.full(columns.shape, np.inf)
-    most[:4] = (
-        np.ones(count),
-        boxes.high - boxes.low,
-        boxes.kv_high - boxes.kv_low,
-        np.full(count, space.spec.num_experts),
-    )
-    integral = np.zeros(columns.shape, np.int64)
-    integral[:4] = 1
-    pick = np.zeros(columns.size)
-    pick[chosen] = 1
-    solved: Any = milp(
-        OBJECTIVE_SCALE * costs.ravel(),
-        integrality=integral.ravel(),
-        bounds=Bounds(0.0, most.ravel()),
-        constraints=[rows.constraint(columns.size), LinearConstraint(pick, 0 if above else 1, 1)],
-        options={"mip_rel_gap": 1e-9},
-    )
-    if solved.status == INFEASIBLE:
-        return None
-    assert solved.status == 0, solved.message
-    values = np.rint(solved.x).reshape(columns.shape).astype(np.int64)
-    if not values[0].any():
+    values = _Program(bounder, boxes).solve(above)
+    if values is None or not values[0].any():
         return None
     box = int(values[0].argmax())
     return box, int(boxes.low[box] + values[1, box]), int(boxes.kv_low[box] + values[2, box])
+
+
+class _Program:
+    """A program over boxes, each of whose columns has an entry for every box.
+
+    They are: chosen, experts and micro-batches beyond the low corner, experts of every layer, and the phases' seconds
+    in units of the least that the box allows.
+    """
+
+    def __init__(self, bounder: Bounder, boxes: Boxes) -> None:
+        self.bounder, self.boxes, self.space = bounder, boxes, bounder.space
+        self.columns = np.arange((4 + len(bounder.weights)) * len(boxes)).reshape(-1, len(boxes))
+        self.chosen, self.experts, self.on_gpu, self.of_every_layer, *self.seconds = self.columns
+        self.unit_s = bounder.tokens(boxes) / boxes.ceiling
+        self.rows = _Rows()
+        self._stay_in_boxes()
+        self._fit_memory()
+        self._take_their_time()
+        self._meet_limits()
+
+    def _stay_in_boxes(self) -> None:
+        rows, boxes, chosen = self.rows, self.boxes, self.chosen
+        rows.at_most_zero((self.experts, 1.0), (chosen, boxes.low - boxes.high))
+        rows.at_most_zero((self.on_gpu, 1.0), (chosen, boxes.kv_low - boxes.kv_high))
+        layers = float(self.space.spec.num_expert_layers)
+        rows.at_most_zero((self.of_every_layer, layers), (chosen, -boxes.low), (self.experts, -1.0))
+
+    def _fit_memory(self) -> None:
+        unit_bytes, profile = Weights(self.space).expert_bytes, self.space.profile
+        for planes, level in ((self.boxes.gpu_bytes, profile.top), (self.boxes.cpu_bytes, profile.host)):
+            for at_low, an_expert, a_micro_batch, a_layer in planes / unit_bytes:
+                self.rows.at_most_zero(
+                    (self.chosen, at_low - level.usable_bytes / unit_bytes),
+                    (self.experts, an_expert),
+                    (self.on_gpu, a_micro_batch),
+                    (self.of_every_layer, a_layer),
+                )
+
+    def _take_their_time(self) -> None:
+        """A phase takes as long as the longest of its terms."""
+        matters = self.bounder.may_be_longest(self.boxes)
+        for term, phase in enumerate(self.bounder.phase_of_term):
+            of = np.flatnonzero(matters[term])
+            at_low, an_expert, a_micro_batch = self.boxes.terms[:, term, of] / self.unit_s[of]
+            self.rows.at_most_zero(
+                (self.chosen[of], at_low),
+                (self.experts[of], an_expert),
+                (self.on_gpu[of], a_micro_batch),
+                (self.seconds[phase][of], -1.0),
+            )
+
+    def _meet_limits(self) -> None:
+        first, *later = (weight * self.unit_s for weight in self.bounder.weights)
+        most_prefill_s, most_decode_s = allowed_s(self.space)
+        if most_prefill_s < inf:
+            self.rows.at_most_zero((self.seconds[0], first / most_prefill_s), (self.chosen, -1.0))
+        if most_decode_s < inf:
+            steps = zip(self.seconds[1:], later, strict=True)
+            self.rows.at_most_zero(*((column, each_s / most_decode_s) for column, each_s in steps), (self.chosen, -1.0))
+
+    def solve(self, above: float) -> Ints | None:
+        """The columns of the best, all zeros if none is better than `above`; None if nothing fits."""
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
+        boxes, shape, size = self.boxes, self.columns.shape, self.columns.size
+        known = above if above > 0 else float(boxes.ceiling.max())
+        costs = np.zeros(shape)
+        costs[0] = -1.0
+        costs[4:] = np.multiply.outer(self.bounder.weights, known / boxes.ceiling)
+        most = np.full(shape, np.inf)
+        experts = np.full(len(boxes), self.space.spec.num_experts)
+        most[:4] = np.ones(len(boxes)), boxes.high - boxes.low, boxes.kv_high - boxes.kv_low, experts
+        integral = np.zeros(shape, np.int64)
+        integral[:4] = 1
+        pick = np.zeros(size)
+        pick[self.chosen] = 1
+        solved: Any = milp(
+            OBJECTIVE_SCALE * costs.ravel(),
+            integrality=integral.ravel(),
+            bounds=Bounds(0.0, most.ravel()),
+            constraints=[self.rows.constraint(size), LinearConstraint(pick, 0 if above > 0 else 1, 1)],
+            options={"mip_rel_gap": 1e-9},
+        )
+        if solved.status == INFEASIBLE:
+            return None
+        assert solved.status == 0, solved.message
+        return np.rint(solved.x).reshape(shape).astype(np.int64)
 
 
 class _Rows:

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from hrm.buffers import Needs, Purpose, by_purpose
 from hrm.contract.rings import WEIGHT_SLOTS
+from hrm.numeric import Number
 from hrm.policy import kv_tokens_for, prefix_tokens_for
 from hrm.search.fit import Weights
 from hrm.search.regions import CHUNK, KV, NUMBER, RESIDENT, SIZE, Floats, Regions
@@ -60,7 +61,7 @@ class Room:
             batches=self.space.profile.num_stages,
         )
 
-    def _purposes(self, regions: Regions, at: Floats) -> tuple[dict[Purpose, Floats], dict[Purpose, Floats]]:
+    def _purposes(self, regions: Regions, at: Floats) -> tuple[dict[Purpose, Number], dict[Purpose, Number]]:
         """Bytes at both levels by purpose at a corner, the layers' weights and slots apart.
 
         The host is taken to hold as little of the cache as it may.
@@ -149,7 +150,7 @@ class Room:
         taken as at the lower corner, but where it is a `line`.
         """
 
-        def total(purposes: dict[Purpose, Floats], fixed: dict[Purpose, Floats]) -> Floats:
+        def total(purposes: dict[Purpose, Number], fixed: dict[Purpose, Number]) -> Floats:
             workspace = fixed[Purpose.WORKSPACE]
             if line is not None:
                 workspace = np.where(line, purposes[Purpose.WORKSPACE], workspace)
@@ -159,7 +160,7 @@ class Room:
         gpu, cpu = self._purposes(regions, low)
         gpu_far, cpu_far = self._purposes(regions, far)
         resident = regions.low[RESIDENT]
-        held = self.weights.resident(regions.dense, resident * self.layers)
+        held = np.asarray(self.weights.resident(regions.dense, resident * self.layers))
         slots = WEIGHT_SLOTS * np.maximum(*self.weights.largest_streamed(regions.dense, resident, regions.gpu_prefill))
         if self.layers < WEIGHT_SLOTS:
             slots = 0 * slots
@@ -168,7 +169,7 @@ class Room:
             room = host - held
             both = _sum(gpu) + _sum(cpu), total(gpu_far, gpu) + total(cpu_far, cpu)
             return [(*both, room)]
-        on_host = self.weights.on_host(regions.dense, regions.high[RESIDENT] * self.layers)
+        on_host = np.asarray(self.weights.on_host(regions.dense, regions.high[RESIDENT] * self.layers))
         return [(_sum(gpu), total(gpu_far, gpu), top - held - slots), (_sum(cpu), total(cpu_far, cpu), host - on_host)]
 
     def largest_batch(self, regions: Regions) -> Floats:
@@ -189,12 +190,12 @@ class Room:
         return np.maximum(most, 1.0)
 
 
-def _sum(purposes: dict[Purpose, Floats]) -> Floats:
+def _sum(purposes: dict[Purpose, Number]) -> Floats:
     """Bytes of all purposes."""
-    return sum(purposes.values(), np.zeros(1))
+    return np.asarray(sum(purposes.values(), np.zeros(1)))
 
 
-def _left(room: Floats | int, purposes: dict[Purpose, Floats]) -> Floats:
+def _left(room: Floats | int, purposes: dict[Purpose, Number]) -> Floats:
     """What is left of some bytes beside those of all purposes."""
     left = np.asarray(room, dtype=float)
     for size in purposes.values():

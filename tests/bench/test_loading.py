@@ -18,8 +18,8 @@ from executor.checkpoint import Checkpoint
 from executor.families import family_for
 from executor.loading import READERS
 from executor.safetensors_file import PART_BYTES
-from executor.weight_pages import WeightPages
-from hrm.buffers import Needs, Purpose, by_purpose
+from executor.weight_pages import StoredWeights, WeightPages
+from hrm.buffers import Needs, Purpose, bytes_by_purpose
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
 from tests.bench.machine import circumstances
@@ -43,11 +43,12 @@ def test_loading() -> None:
             rates = f"{num_bytes / cold_s / 1e9:>8.2f} GB/s  {num_bytes / warm_s / 1e9:>9.2f} GB/s"
             print(f"  {name:<28}  {rates}  {processor_s:>7.2f} s")
 
+        stored = StoredWeights(checkpoint, family)
         for threads in (1, READERS):
             row(f"read plainly, {threads} threads", lambda threads=threads: read(files, threads))
         for dtype in ("bfloat16", "float32"):
             pages = pages_of(arch.spec, dtype)
-            row(f"load as {dtype}", lambda pages=pages: pages.load(checkpoint, family, CpuBackend(), None))
+            row(f"load as {dtype}", lambda pages=pages: pages.load(stored, CpuBackend(), None))
 
 
 def pages_of(spec: ModelSpec, dtype: str) -> WeightPages:
@@ -61,7 +62,7 @@ def pages_of(spec: ModelSpec, dtype: str) -> WeightPages:
         dtype=dtype,
     )
     needs = Needs.of_policy(spec, policy)
-    on_gpu, on_host = by_purpose(needs.on_gpu()), by_purpose(needs.on_host())
+    on_gpu, on_host = bytes_by_purpose(needs.on_gpu()), bytes_by_purpose(needs.on_host())
 
     def memory(num_bytes: int) -> torch.Tensor:
         return host_memory(num_bytes).view(getattr(torch, dtype))

@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -18,9 +17,10 @@ import torch
 from executor import native
 from executor.backends.base import host_memory, stage
 from executor.formats import packed_in
-from executor.model import ExpertWeights, Routing, Workspace, decode_attention, run_experts
+from executor.model import Activation, ExpertWeights, Glu, Routing, Workspace, decode_attention, run_experts
 from executor.model.crossings import ALWAYS, assumed
-from executor.native import Activation, Kernels
+from executor.native import Kernels
+from executor.native.mixers import DeltaStep, Logits, SplitQuery
 from hrm.contract.rings import STAGING_PAGES
 from hrm.formats import packed_format
 from hrm.profiling.environment import usable_cores
@@ -230,22 +230,22 @@ def test_packed(timer, memory):
 def test_attention_with_options(timer, memory):
     """gpt-oss's windows with sinks, and heads of 512 with a cap: each call attends to the next rows."""
     print(heading(timer, "decode attention with options, bfloat16"))
-    options: tuple[tuple[str, int, int, int, int, dict[str, Any]], ...] = (
-        ("64/8x64 with sinks over 128", 64, 8, 64, 128, {"sinks_H": torch.randn(64)}),
-        ("64/8x64 with sinks over 4096", 64, 8, 64, 4096, {"sinks_H": torch.randn(64)}),
-        ("16/2x512 over 1024", 16, 2, 512, 1024, {}),
-        ("16/2x512 capped over 1024", 16, 2, 512, 1024, {"softcap": 30.0}),
+    options: tuple[tuple[str, int, int, int, int, Logits], ...] = (
+        ("64/8x64 with sinks over 128", 64, 8, 64, 128, Logits(sinks_H=torch.randn(64))),
+        ("64/8x64 with sinks over 4096", 64, 8, 64, 4096, Logits(sinks_H=torch.randn(64))),
+        ("16/2x512 over 1024", 16, 2, 512, 1024, Logits()),
+        ("16/2x512 capped over 1024", 16, 2, 512, 1024, Logits(softcap=30.0)),
     )
-    for label, heads, kv_heads, head_dim, context, how in options:
+    for label, heads, kv_heads, head_dim, context, logits in options:
         cache = memory.view(torch.bfloat16).view(-1, 2, kv_heads, head_dim)
         batch, places = 32, len(cache) // context
         queries = torch.randn(batch, heads * head_dim).bfloat16()
         out = torch.empty_like(queries)
         calls = [[context * (c + r) for r in range(batch)] for c in range(0, places - batch + 1, batch)]
 
-        def work(queries=queries, cache=cache, calls=calls, context=context, out=out, how=how):
+        def work(queries=queries, cache=cache, calls=calls, context=context, out=out, logits=logits):
             for starts in calls:
-                fastest().decode_attention(queries, cache, starts, [context] * len(starts), out, **how)
+                fastest().decode_attention(queries, cache, starts, [context] * len(starts), out, logits)
 
         seconds = timer.best_s(work)
         num_bytes = len(calls) * batch * context * cache[0].nbytes
@@ -269,8 +269,8 @@ def test_latent_attention(timer, memory):
             starts, lengths = [r * context for r in range(batch)], [context] * batch
 
             def work(queries=queries, nope=nope, cache=cache, kv_up=kv_up, starts=starts, lengths=lengths, out=out):
-                parts = queries[..., :nope], queries[..., nope:]
-                fastest().latent_attention(*parts, cache, kv_up, starts, lengths, 0.1, out)
+                query = SplitQuery(queries[..., :nope], queries[..., nope:])
+                fastest().latent_attention(query, cache, kv_up, starts, lengths, 0.1, out)
 
             seconds = timer.best_s(work)
             flops = 2 * batch * heads * (rank * (nope + value_dim) + context * (2 * rank + rope))
@@ -292,13 +292,12 @@ def test_gated_delta(timer, memory):
         for batch in (1, 8, 32):
             qkv, gates = torch.randn(batch, channels).bfloat16(), torch.randn(batch, value_heads).bfloat16()
             numbers, out = torch.randn(value_heads), torch.empty(batch, value_heads * dim).bfloat16()
-            parts = (qkv, convolution, conv_states, states, gates, gates, numbers, numbers)
+            step = DeltaStep(qkv, convolution, conv_states, states, gates, gates, numbers, numbers)
             calls = [list(range(first, first + batch)) for first in range(0, len(states), batch)]
 
-            def work(parts=parts, calls=calls, out=out):
-                step: Any = fastest().gated_delta_step
+            def work(step=step, calls=calls, out=out):
                 for rows in calls:
-                    step(*parts, rows, out)
+                    fastest().gated_delta_step(step, rows, out)
 
             seconds = timer.best_s(work)
             num_bytes = 2 * (states.nbytes + conv_states.nbytes)
@@ -311,22 +310,27 @@ def test_experts_with_options(timer, memory):
     print(heading(timer, "experts with options, bfloat16"))
     size, num_experts = 2880, 4
     weights = [
-        (i, filled(torch.bfloat16, 2 * size, size), filled(torch.bfloat16, size, size)) for i in range(num_experts)
+        ExpertWeights(
+            filled(torch.bfloat16, 2 * size, size),
+            filled(torch.bfloat16, size, size),
+            torch.randn(2 * size).bfloat16(),
+            torch.randn(size).bfloat16(),
+        )
+        for _ in range(num_experts)
     ]
-    biases = [(torch.randn(2 * size).bfloat16(), torch.randn(size).bfloat16()) for _ in weights]
     for rows in (1, 8):
         x, out = torch.randn(rows * num_experts, size).bfloat16(), torch.zeros(rows * num_experts, size).bfloat16()
         chosen = (torch.arange(len(x)) % num_experts).view(-1, 1)
         scratch = torch.empty(len(x) * fastest().activation_floats(size))
         for activation in Activation:
-            how = {"activation": activation, "limit": 7.0, "biases": biases}
+            glu = Glu(activation, limit=7.0)
 
-            def work(x=x, chosen=chosen, out=out, scratch=scratch, how=how):
-                ones = torch.ones(len(x), 1)
-                fastest().run_experts(x, ones, chosen, weights, out, scratch, max_tokens=len(x), **how)
+            def work(x=x, chosen=chosen, out=out, scratch=scratch, glu=glu):
+                routing, numbered = Routing(torch.ones(len(x), 1), chosen), list(enumerate(weights))
+                fastest().run_experts(x, routing, numbered, out, scratch, max_tokens=len(x), glu=glu)
 
             seconds = timer.best_s(work)
-            num_bytes = sum(w13.nbytes + w2.nbytes for _, w13, w2 in weights)
+            num_bytes = sum(each.w13.nbytes + each.w2.nbytes for each in weights)
             reading, products = roof(timer, memory), products_roof(timer, torch.bfloat16)
             label = f"{activation.name.lower()} and biases, {rows} rows an expert"
             show(seconds, label, memory=num_bytes / reading, products=rows * num_bytes / products)

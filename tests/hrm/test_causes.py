@@ -229,7 +229,7 @@ def test_less_of_a_latency_and_of_waiting_are_rows_of_what_if():
 
 def by_hand(spec: ModelSpec, micro_batches: int, m: float, steps: int, *, fused: bool) -> float:
     """Launches on the GPU of a decode with everything there, from the constants of operators."""
-    hit = spec.experts_hit(m)
+    hit = float(spec.experts_hit(m))
     experts = 1 if fused else launches.ROUTING_LAUNCHES + hit * launches.LAUNCHES_PER_EXPERT
     before = launches.FUSED_PRE_ATTENTION_LAUNCHES if fused else launches.PRE_ATTENTION_LAUNCHES
     after = launches.FUSED_POST_ATTENTION_LAUNCHES if fused else launches.POST_ATTENTION_LAUNCHES

@@ -91,8 +91,8 @@ def test_work_of_blocks_grows_with_tokens_and_is_the_same_for_arrays(seed):
         for work in works.values():
             alone = [work(float(m)) for m in tokens]
             together = work(tokens)
-            assert np.allclose(together.flops, [one.flops for one in alone], rtol=1e-12)
-            assert np.allclose(together.num_bytes, [one.num_bytes for one in alone], rtol=1e-12)
+            assert np.allclose(together.flops, [float(one.flops) for one in alone], rtol=1e-12)
+            assert np.allclose(together.num_bytes, [float(one.num_bytes) for one in alone], rtol=1e-12)
             assert alone[0].flops < alone[1].flops < alone[2].flops
 
 

@@ -187,7 +187,7 @@ def test_a_window_limits_the_context():
     assert whole.reach(17) == 17
     assert isinstance(limited.reach(3), int)
     contexts = np.array([0.5, 16.0, 99.0])
-    assert limited.reach(contexts).tolist() == [0.5, 16.0, 16.0]
+    assert np.asarray(limited.reach(contexts)).tolist() == [0.5, 16.0, 16.0]
     assert whole.reach(contexts) is contexts
 
 

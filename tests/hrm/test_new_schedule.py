@@ -124,7 +124,7 @@ def test_an_act_of_ones_own_is_waited_for_and_counted_everywhere(with_check, sma
 
     def d2h_s() -> float:
         step = DecodeStep.of_point(costs, Point.of_policy(policy, SPEC), with_check).seconds(45.0)
-        return step.lanes[Lane.D2H]
+        return float(step.lanes[Lane.D2H])
 
     added = SPEC.num_layers * policy.num_micro_batches * CHECK_S
     counted = d2h_s()

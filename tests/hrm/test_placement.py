@@ -88,4 +88,4 @@ def test_every_micro_batch_has_its_cache_at_one_place():
         assert held == {place: places[place] for place in Place}
         assert policy.streams_kv == (places[Place.STREAMED] > 0)
     split = caches_at(Place.HOST, number=np.array([4, 4]), on_gpu=np.array([0, 3]), gpu_attention=np.array([1, 0]))
-    assert split.tolist() == [0, 1]
+    assert np.asarray(split).tolist() == [0, 1]

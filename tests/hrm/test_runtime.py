@@ -43,7 +43,7 @@ def decode_lanes(runtime: Runtime, attention: Device) -> dict[Lane, float]:
     costs = Costs(SPEC, with_pageable_link(), Formats.of("bfloat16"), runtime)
     plan = policy(attention)
     step = DecodeStep.of_point(costs, Point.of_policy(plan, SPEC), plan.schedule)
-    return step.seconds(50).lanes
+    return {lane: float(seconds) for lane, seconds in step.seconds(50).lanes.items()}
 
 
 def test_weights_and_cache_cross_the_links_that_the_runtime_names():

@@ -178,4 +178,4 @@ def test_packed_weights_multiply_at_their_own_rate_where_it_was_measured():
     assert after > 10 * before
     assert operator_seconds(experts, known, "bfloat16") >= experts.flops / slow.at(64 * 2 / spec.num_experts)
     of_attention = spec.expert_kind.project(formats, 64)
-    assert len({operator_seconds(of_attention, each, "bfloat16") for each in (level, known)}) == 1
+    assert len({float(operator_seconds(of_attention, each, "bfloat16")) for each in (level, known)}) == 1

@@ -21,6 +21,7 @@ from executor.model.norm import PLAIN, Norm, norm_into, normed
 from executor.model.numbers import PromptNumbers, RowNumbers
 from executor.model.workspace import Workspace
 from executor.native import kernels as native_kernels
+from executor.native.mixers import DeltaStep
 from hrm.layers import GatedDeltaNet
 from hrm.layers.recurrent import STATE_BYTES
 
@@ -81,9 +82,9 @@ class GatedDelta(Mixer):
         states_CHkv, tails_CtX = self._states(cache_C, row_RX.dtype)
         rates = weights.decay.float(), weights.step_bias.float()
         native = native_kernels()
-        given = (x_RX, weights.convolution, tails_CtX, states_CHkv, decay_RH, step_RH, *rates)
-        if native is not None and native.takes_gated_delta(*given, out_RO):
-            native.gated_delta_step(*given, numbers.starts, out_RO)
+        step = DeltaStep(x_RX, weights.convolution, tails_CtX, states_CHkv, decay_RH, step_RH, *rates)
+        if native is not None and native.takes_gated_delta(step, out_RO):
+            native.gated_delta_step(step, numbers.starts, out_RO)
             return
         at_once = max(1, spare_bytes // (2 * STATE_BYTES * self.block.state_elements))
         for rows, some in _stretches(numbers.starts, at_once):

@@ -97,11 +97,9 @@ class Latent(Mixer):
         block, out_RHv = self.block, self._values(out_RO)
         given = block, self._queries(row_RX), weights.kv_up, cache_C
         if kernels.shares_memory:
-            latent.decode_on_host(*given, numbers.starts, numbers.lengths, self.scale, out_RHv)
-            return
-        assert numbers.views is not None, "the numbers were not sent to the device"
-        longest = max(numbers.lengths)
-        latent.decode_at_once(*given, numbers.views, longest, self.scale, out_RHv, spare_bytes=spare_bytes)
+            latent.decode_on_host(*given, numbers, self.scale, out_RHv)
+        else:
+            latent.decode_at_once(*given, numbers, self.scale, out_RHv, spare_bytes=spare_bytes)
 
     @property
     def prefix_elements(self) -> int:

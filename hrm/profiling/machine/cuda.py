@@ -9,6 +9,7 @@ from hrm.hardware import CPU, GPU, Figure, HardwareProfile, Rate
 from hrm.profiling.machine.gpu_level import FACTS, MEMORY, GpuMemory, gpu_environment, gpu_level, memory_of
 from hrm.profiling.machine.gpu_links import add_links, links_of
 from hrm.profiling.machine.host import (
+    ALL_AT_ONCE,
     CACHES,
     MOST_SHARE,
     STAGING,
@@ -38,7 +39,6 @@ FULL_TRANSFER: Final = 512 * MIB
 CONTENTION_TRANSFER: Final = 32 * MIB
 SETTLING: Final = "gpu under load"
 EQUAL: Final = "gpus compared"
-ALL_AT_ONCE: Final = "host memory, all at once"
 UNEQUAL: Final = 0.90  # a GPU below this share of the first is named, and plans wait for it
 
 
@@ -125,14 +125,15 @@ def _add_gpu(run: Run, gpu: "AbstractGpu", memory: GpuMemory) -> None:
     from hrm.profiling.launch import launch_latency
     from hrm.profiling.memory import DeviceMemoryRates, measure_device_memory
     from hrm.profiling.settle import Settling, settle
-    from hrm.profiling.timing import Timing
+    from hrm.profiling.timing import Computer, Timing
 
     sampler, device = gpu.sampler(), gpu.device
+    computer = Computer(device=device, sampler=sampler)
     run.steps.add(SETTLING, 3, lambda seconds: settle(gpu, seconds=seconds), Settling, once=True)
     run.steps.add(
         launch_step(GPU), 1, lambda seconds: launch_latency(device=device, budget_s=seconds, sampler=sampler), Timing
     )
-    shapes, note = model_shapes(run.options.model, quick=run.options.quick, scale_down=memory.free_bytes < 16 * GIB)
+    shapes = model_shapes(run.options.model, quick=run.options.quick, scale_down=memory.free_bytes < 16 * GIB)
     for dtype in run.dtypes:
 
         def gemm(seconds: float, dtype: str = dtype) -> Rate | None:
@@ -140,14 +141,11 @@ def _add_gpu(run: Run, gpu: "AbstractGpu", memory: GpuMemory) -> None:
             try:
                 return gemm_rate(
                     dtype,
-                    shapes=shapes,
-                    shapes_note=note,
+                    shapes,
+                    replace(computer, most_bytes=memory.free_bytes / 2),
                     quick=run.options.quick,
                     budget_s=seconds,
                     launch_s=0.0,
-                    device=device,
-                    sampler=sampler,
-                    most_bytes=memory.free_bytes / 2,
                 )
             except torch.OutOfMemoryError:
                 raise
@@ -160,12 +158,10 @@ def _add_gpu(run: Run, gpu: "AbstractGpu", memory: GpuMemory) -> None:
         2,
         lambda seconds: attention_rate(
             run.dtypes[0],
-            heads=Heads.of(run.options.model),
+            Heads.of(run.options.model),
+            replace(computer, most_bytes=memory.free_bytes // MOST_SHARE),
             quick=run.options.quick,
             budget_s=seconds,
-            most_bytes=memory.free_bytes // MOST_SHARE,
-            device=device,
-            sampler=sampler,
             at_once=True,
         ),
         Rate,

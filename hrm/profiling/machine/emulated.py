@@ -9,6 +9,7 @@ from hrm.contract.pacing import EMULATED_LATENCY_S, PacedCopy, Waits
 from hrm.hardware import CPU, GPU, Figure, HardwareProfile, Link, MemoryLevel, Rate, Source
 from hrm.machines import of_parts
 from hrm.profiling.machine.host import (
+    ALL_AT_ONCE,
     CACHES,
     STAGING,
     TASKS,
@@ -38,7 +39,6 @@ SUMS: Final = "sums between ranks"
 FEW_SUMMED_BYTES: Final = 4 * KIB
 MANY_SUMMED_BYTES: Final = MIB
 BOTH_BUSY: Final = "launch latency with both lanes busy"
-ALL_AT_ONCE: Final = "host memory, all at once"
 
 
 def profile_emulated(run: Run) -> HardwareProfile:
@@ -147,12 +147,6 @@ def _measured(run: Run, gpu_bytes: int, gpu_threads: int, cpu_threads: int) -> d
 def _add_link(run: Run, source: str, target: str, arena: int, bandwidth: float) -> None:
     from hrm.profiling.link import measure_link, paced_transfer, transfer_sizes
 
-    stated = Figure(
-        value=bandwidth,
-        source=Source.ASSUMED,
-        note=f"stated: the emulated link is paced to {format_bandwidth(bandwidth)}",
-    )
-
     def transfers(seconds: float) -> Link:
         with torch_threads(1):
             link = measure_link(
@@ -162,9 +156,8 @@ def _add_link(run: Run, source: str, target: str, arena: int, bandwidth: float) 
                 sizes=transfer_sizes(arena, quick=run.options.quick),
                 budget_s=seconds,
                 note="emulated",
-                datasheet=stated,
             )
-        return _at_most(link, bandwidth)
+        return _as_paced(link, bandwidth)
 
     run.steps.add(f"link {source} to {target}", 2, transfers, Link)
 
@@ -185,13 +178,14 @@ def _pace(bandwidth: float) -> PacedCopy:
     return PacedCopy(latency_s=EMULATED_LATENCY_S, bandwidth_bytes_per_s=bandwidth, sleep=Waits().sleep)
 
 
-def _at_most(link: Link, bandwidth: float) -> Link:
-    """The link without what a noisy fit found above the bandwidth that it is paced to."""
-    rate, found = link.bandwidth_bytes_per_s, link.bandwidth_bytes_per_s.planned
-    if found.value <= bandwidth:
-        return link
-    capped = replace(found, value=bandwidth, p20=bandwidth if found.p20 is None else min(found.p20, bandwidth))
-    return replace(link, bandwidth_bytes_per_s=replace(rate, achieved=capped))
+def _as_paced(link: Link, bandwidth: float) -> Link:
+    """The link with the bandwidth that it is paced to stated, and without what a noisy fit found above that."""
+    note = f"stated: the emulated link is paced to {format_bandwidth(bandwidth)}"
+    stated, found = Figure(value=bandwidth, source=Source.ASSUMED, note=note), link.bandwidth_bytes_per_s.planned
+    if found.value > bandwidth:
+        p20 = bandwidth if found.p20 is None else min(found.p20, bandwidth)
+        found = replace(found, value=bandwidth, p20=p20)
+    return replace(link, bandwidth_bytes_per_s=Rate(datasheet=stated, achieved=found))
 
 
 def _threads(run: Run, lane: Lane) -> int:

@@ -1,7 +1,7 @@
 """Steps about the host, which every kind of machine has: processor, memory, caches, disk."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from hrm.hardware import CPU, Cache, Disk, LaneThreads, Link, Rate
@@ -19,6 +19,7 @@ MEMORY: Final = "host memory"
 CACHES: Final = "caches"
 NUMA: Final = "NUMA nodes"
 STAGING: Final = "staging"
+ALL_AT_ONCE: Final = "host memory, all at once"
 DISK: Final = "disk"
 TASKS: Final = "running tasks"
 QUICK_SOURCE_BYTES: Final = 512 * MIB
@@ -53,14 +54,16 @@ def add_processor(run: Run, level: str, threads: int) -> None:
     from hrm.profiling.attention import Heads, attention_rate
     from hrm.profiling.gemm import gemm_rate, model_shapes
     from hrm.profiling.launch import launch_latency
-    from hrm.profiling.timing import Timing
+    from hrm.profiling.timing import Computer, Timing
+
+    computer = Computer(kernels=run.options.kernels)
 
     def launch(seconds: float) -> Timing:
         with torch_threads(threads):
             return launch_latency(budget_s=seconds)
 
     run.steps.add(launch_step(level), 1, launch, Timing)
-    shapes, note = model_shapes(run.options.model, quick=run.options.quick)
+    shapes = model_shapes(run.options.model, quick=run.options.quick)
     plain = [(dtype, dtype, "", 4) for dtype in run.dtypes]
     packed = [(code, run.dtypes[0], form, 2) for code, form in run.packed.items()]
     for name, dtype, form, share in (*plain, *packed):
@@ -69,12 +72,11 @@ def add_processor(run: Run, level: str, threads: int) -> None:
             with torch_threads(threads):
                 return gemm_rate(
                     dtype,
-                    shapes=shapes,
-                    shapes_note=note,
+                    shapes,
+                    computer,
                     quick=run.options.quick,
                     budget_s=seconds,
                     launch_s=run.steps.found[launch_step(level)].p20_s,  # noise only adds to it
-                    kernels=run.options.kernels,
                     packed=form,
                 )
 
@@ -84,11 +86,10 @@ def add_processor(run: Run, level: str, threads: int) -> None:
         with torch_threads(threads):
             return attention_rate(
                 run.dtypes[0],
-                heads=Heads.of(run.options.model),
+                Heads.of(run.options.model),
+                replace(computer, most_bytes=run.host.usable_ram_bytes // MOST_SHARE),
                 quick=run.options.quick,
                 budget_s=seconds,
-                most_bytes=run.host.usable_ram_bytes // MOST_SHARE,
-                kernels=run.options.kernels,
             )
 
     run.steps.add(attention_step(level), 3, attention, Rate)

@@ -6,8 +6,9 @@ import pytest
 
 from executor.backends import make_backend
 from executor.families import FAMILIES
-from executor.generate import Generator, Planned
+from executor.generate import Generator, Planned, Prepared
 from executor.random_weights import RandomWeights
+from executor.weight_pages import StoredWeights
 from hrm.memory import plan_memory
 from hrm.policy import Policy, ScheduleName
 from tests.executor import reference
@@ -51,7 +52,8 @@ def packed(request):
 def greedy_tokens(arch, prompts, policy: Policy, backend=None):
     plan = plan_memory(arch.spec, policy, machine())
     source, backend = RandomWeights(seed=3), backend or make_backend("cpu", None)
-    with Generator(backend, arch, Planned(policy, plan), family=FAMILIES["mixtral"], source=source) as made:
+    prepared, stored = Prepared(backend, Planned(policy, plan)), StoredWeights(source, FAMILIES["mixtral"])
+    with Generator(prepared, arch, stored) as made:
         return {name: done.tokens for name, done in generate(made, requests(prompts, max_tokens=MAX_TOKENS)).items()}
 
 

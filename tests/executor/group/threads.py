@@ -12,10 +12,12 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 from executor.backends import make_backend
 from executor.checkpoint import Checkpoint
 from executor.families import family_for
-from executor.generate import Generator, Planned
+from executor.generate import Generator, Planned, Prepared
 from executor.group import Group
 from executor.group.processes import ProcessGroup
 from executor.group.stages import ProcessStages
+from executor.under_way import Peers
+from executor.weight_pages import StoredWeights
 from hrm.hardware import HardwareProfile
 from hrm.memory import plan_memory
 from hrm.parallel import part_for, ranks_of
@@ -44,7 +46,7 @@ def with_ranks(folder: Path, policy: Policy, size: int, use: Made, *, accelerato
             part = part_for(policy, arch.spec, profile)
             backend = emulated(part.profile) if accelerator == "emulated" else make_backend(accelerator, None)
             arch, planned = arch.of_rank(rank, part.spec), Planned(policy, plan)
-            made = Generator(backend, arch, planned, family=family, source=checkpoint, group=group)
+            made = Generator(Prepared(backend, planned), arch, StoredWeights(checkpoint, family), peers=Peers(group))
         with made:
             found = use(made, group)
         group.close()
@@ -72,13 +74,11 @@ def with_stages(
             spec, own = share.part.spec, share.policy
             backend = emulated(share.part.profile) if options.get("is_emulated") else make_backend("cpu", None)
             made = Generator(
-                backend,
+                Prepared(backend, Planned(own, plan_memory(spec, own, share.part.profile))),
                 arch.of_stage(spec, sum(lengths[:stage])),
-                Planned(own, plan_memory(spec, own, share.part.profile)),
-                family=family,
-                source=checkpoint,
+                StoredWeights(checkpoint, family),
                 stops=options.get("stops") if stage == 0 else None,
-                stages=ProcessStages(group),
+                peers=Peers(stages=ProcessStages(group)),
             )
         with made:
             found = use(made)

@@ -180,7 +180,7 @@ def test_bfloat16_is_near(case):
 def test_prefill_takes_no_more_than_is_planned(case, tokens):
     """On a device, where all that operators allocate counts, and from an arena."""
     spec = spec_of(Layer(mixer=case.block, ffn=(EXPERTS,)))
-    planned = workspace_bytes(spec, tokens, FORMATS["float32"])
+    planned = int(workspace_bytes(spec, tokens, FORMATS["float32"]))
     row_TX, held_TS = torch.randn(tokens, case.block.sent_elements), torch.randn(tokens, case.block.held_elements)
     out_TO, hidden_TD = torch.empty(tokens, case.block.returned_elements), torch.randn(tokens, D)
     kept = 4 * tokens * case.block.kept_elements

@@ -19,9 +19,9 @@ from executor.model import (
     prefill_attention,
     run_experts,
 )
-from executor.model.feed_forward import SILU
 from executor.model.gpu import grouped_gemm
 from executor.model.numbers import RowViews
+from executor.native.experts import SILU
 from tests.executor.model.steps import route
 from tests.executor.model.tolerances import assert_same, name_of
 from tests.executor.reference import dequantised

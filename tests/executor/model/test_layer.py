@@ -66,7 +66,7 @@ def big_workspace():
 
 def planned_workspace(arch, num_tokens, dtype):
     num_bytes = workspace_bytes(arch.spec, num_tokens, FORMATS[name_of(dtype)])
-    return Workspace(torch.empty(num_bytes, dtype=torch.uint8))
+    return Workspace(torch.empty(int(num_bytes), dtype=torch.uint8))
 
 
 def random_dense(arch, dtype=torch.float32):
@@ -190,9 +190,9 @@ def test_contexts_for_which_torch_is_faster_are_its_own(monkeypatch):
     monkeypatch.setattr(
         native.Kernels,
         "decode_attention",
-        lambda self, qkv, cache, starts, lengths, out, **how: (
+        lambda self, qkv, cache, starts, lengths, out, *how: (
             seen.append(len(cache)),
-            attend(self, qkv, cache, starts, lengths, out, **how),
+            attend(self, qkv, cache, starts, lengths, out, *how),
         ),
     )
     for context in (300, 301):
@@ -238,7 +238,7 @@ def test_the_line_of_a_mask_fits_the_planned_workspace(prefix, tokens):
     arch = tiny_arch()
     spec = arch.spec
     planned = workspace_bytes(spec, tokens, FORMATS["float32"], longest_tokens=prefix + tokens)
-    workspace = Workspace(torch.empty(planned, dtype=torch.uint8))
+    workspace = Workspace(torch.empty(int(planned), dtype=torch.uint8))
     width = spec.query_size + 2 * spec.kv_size
     qkv = workspace.take((tokens, width), torch.float32).normal_()
     out = workspace.take((tokens, spec.query_size), torch.float32)
@@ -453,7 +453,7 @@ def test_plan_is_no_more_than_needed():
 def test_planned_workspace_takes_arrays():
     spec = ARCHS["dbrx"].spec
     planned = workspace_bytes(spec, np.array([1, 8]), FORMATS["bfloat16"])
-    assert planned.tolist() == [workspace_bytes(spec, n, FORMATS["bfloat16"]) for n in (1, 8)]
+    assert np.asarray(planned).tolist() == [workspace_bytes(spec, n, FORMATS["bfloat16"]) for n in (1, 8)]
 
 
 @settings(max_examples=40, deadline=None)

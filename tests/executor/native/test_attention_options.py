@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executor import native
+from executor.native.mixers import Logits
 from tests.executor.model.tolerances import DTYPES, assert_same
 from tests.executor.native.support import PATHS, on_threads
 
@@ -31,7 +32,7 @@ def attended(path, queries_RHd, cache_C2Gd, starts, lengths, *, sinks=None, **ho
     out = torch.full_like(queries_RHd.flatten(1), torch.nan)
     kernels = native.Kernels(path)
     assert kernels.takes_attention(queries_RHd.flatten(1), cache_C2Gd, out, sinks)
-    kernels.decode_attention(queries_RHd.flatten(1), cache_C2Gd, starts, lengths, out, sinks_H=sinks, **how)
+    kernels.decode_attention(queries_RHd.flatten(1), cache_C2Gd, starts, lengths, out, Logits(sinks_H=sinks, **how))
     return out
 
 

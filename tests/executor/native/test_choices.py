@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executor import native
-from executor.model import FeedForward, Router, RouterWeights, Scores
+from executor.model import FeedForward, Router, RouterWeights, Routing, Scores
 from executor.sampling import NO_TOKEN
 from tests.executor.model.tolerances import DTYPES
 from tests.executor.native.support import PATHS, on_threads
@@ -65,7 +65,7 @@ def test_each_expert_is_chosen_once_whatever_logits_are(path):
     logits[2] = nan
     logits[3, 2] = inf
     weights, indices = torch.empty(4, 3), torch.empty(4, 3, dtype=torch.int64)
-    native.Kernels(path).choose_experts(logits, weights, indices)
+    native.Kernels(path).choose_experts(logits, Routing(weights, indices), Router())
     assert indices[0].tolist() == indices[2].tolist() == [0, 1, 2]
     assert indices[1, 0] == 4
     assert indices[3, 0] == 2
@@ -76,10 +76,10 @@ def test_each_expert_is_chosen_once_whatever_logits_are(path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_choice_out_of_bounds_is_refused(path):
-    weights, indices = torch.empty(2, 5), torch.empty(2, 5, dtype=torch.int64)
+    out = Routing(torch.empty(2, 5), torch.empty(2, 5, dtype=torch.int64))
     for experts, groups in ((4, 1), (12, 3), (10, 3)):
         with pytest.raises(IndexError):
-            native.Kernels(path).choose_experts(torch.rand(2, experts), weights, indices, groups=groups)
+            native.Kernels(path).choose_experts(torch.rand(2, experts), out, Router(groups=groups))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers.models.qwen3_next.modeling_qwen3_next import causal_conv1d_update, torch_recurrent_gated_delta_rule
 
 from executor import native
+from executor.native.mixers import DeltaStep
 from tests.executor.model.tolerances import DTYPES, assert_same
 from tests.executor.native.support import PATHS, on_threads
 
@@ -34,9 +35,9 @@ class Case:
         rows = self.rows[requests]
         out = torch.full((len(rows), states[0, :, 0].numel()), torch.nan, dtype=self.qkv.dtype)
         before = self.qkv[requests], self.convolution, conv_states, states, self.a[requests], self.b[requests]
-        kernels = native.Kernels(path)
-        assert kernels.takes_gated_delta(*before, self.log_rate, self.step_bias, out)
-        kernels.gated_delta_step(*before, self.log_rate, self.step_bias, rows, out)
+        kernels, step = native.Kernels(path), DeltaStep(*before, self.log_rate, self.step_bias)
+        assert kernels.takes_gated_delta(step, out)
+        kernels.gated_delta_step(step, rows, out)
         return out, states, conv_states
 
     def exact(self):
@@ -143,8 +144,8 @@ def test_what_cannot_be_computed_is_left_to_torch(path):
 
     def takes(**how):
         it = replace(case, **how)
-        before = it.qkv, it.convolution, it.conv_states, it.states, it.a, it.b, it.log_rate, it.step_bias
-        return native.Kernels(path).takes_gated_delta(*before, out)
+        step = DeltaStep(it.qkv, it.convolution, it.conv_states, it.states, it.a, it.b, it.log_rate, it.step_bias)
+        return native.Kernels(path).takes_gated_delta(step, out)
 
     assert takes()
     assert not takes(states=case.states.bfloat16())

@@ -9,8 +9,7 @@ from torch.nn import functional
 from executor import native
 from executor.model import ExpertWeights, Glu, Routing, Workspace, run_experts
 from executor.model.crossings import assumed
-from executor.model.feed_forward import SILU
-from executor.native import Activation
+from executor.native.experts import SILU, Activation
 from tests.executor.model.tolerances import DTYPES, assert_same
 from tests.executor.native.support import PATHS, on_threads
 from tests.executor.reference import dequantised
@@ -65,6 +64,12 @@ def test_equals_torch(path, dtype, data):
     assert counts == exact_counts
 
 
+def plain(weights, biases=None):
+    """The experts as they are stored without a packed format, with biases if any are given."""
+    pairs = biases or [()] * len(weights)
+    return [ExpertWeights(dequantised(e.w13), dequantised(e.w2), *pair) for e, pair in zip(weights, pairs, strict=True)]
+
+
 def exact(activation, limit, x, routing, weights, biases, *, weight_on_input=False):
     """Token by token in float64, every activation as its models' code has it."""
     out = torch.ones(x.shape, dtype=torch.float64)
@@ -96,15 +101,12 @@ def test_activations_and_biases(path, dtype, activation, has_biases):
     out = torch.ones_like(x)
     counts, left_out = native.Kernels(path).run_experts(
         x,
-        routing.weights_TK,
-        routing.experts_TK,
-        [(index, dequantised(each.w13), dequantised(each.w2)) for index, each in enumerate(weights)],
+        routing,
+        list(enumerate(plain(weights, biases if has_biases else None))),
         out,
         torch.empty(18 * 128),
         max_tokens=9,
-        activation=activation,
-        limit=2.0,
-        biases=biases if has_biases else (),
+        glu=Glu(activation, limit=2.0),
     )
     assert sum(counts) == 18
     assert not left_out
@@ -128,10 +130,8 @@ def test_no_activation_hides_what_is_not_a_number(path, activation):
     x, routing, weights = make(torch.float32, tokens=2, hidden=16, intermediate=32, num_experts=1, per_token=1)
     x[1, 3] = torch.nan
     out = torch.zeros_like(x)
-    listed = [(0, dequantised(weights[0].w13), dequantised(weights[0].w2))]
-    native.Kernels(path).run_experts(
-        x, routing.weights_TK, routing.experts_TK, listed, out, torch.empty(64), max_tokens=2, activation=activation
-    )
+    listed = [(0, plain(weights)[0])]
+    native.Kernels(path).run_experts(x, routing, listed, out, torch.empty(64), max_tokens=2, glu=Glu(activation))
     assert out[0].isfinite().all()
     assert out[1].isnan().all()
 
@@ -182,10 +182,8 @@ def test_experts_of_many_tokens_are_left_to_torch(path):
     routing.experts_TK[:20] = 1
     routing.experts_TK[20:] = 2
     out, scratch = torch.zeros_like(x), torch.empty(24 * 32)
-    listed = [(index, dequantised(each.w13), dequantised(each.w2)) for index, each in enumerate(weights)]
-    counts, left_out = native.Kernels(path).run_experts(
-        x, routing.weights_TK, routing.experts_TK, listed, out, scratch, max_tokens=19
-    )
+    listed = list(enumerate(plain(weights)))
+    counts, left_out = native.Kernels(path).run_experts(x, routing, listed, out, scratch, max_tokens=19)
     assert counts == [0, 20, 4]
     assert left_out == [1]
     assert not out[:20].any()

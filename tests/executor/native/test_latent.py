@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from executor import native
+from executor.native.mixers import SplitQuery
 from tests.executor.model.tolerances import DTYPES, assert_same
 from tests.executor.native.support import PATHS, on_threads
 
@@ -29,11 +30,11 @@ class Case:
         value_dim = up_rows - self.nope
         out = torch.full((len(queries), heads * value_dim + 3), torch.nan, dtype=queries.dtype)
         values = out[:, : heads * value_dim].view(-1, heads, value_dim)
-        parts = queries[..., : self.nope], queries[..., self.nope :]
+        query = SplitQuery(queries[..., : self.nope], queries[..., self.nope :])
         kernels = native.Kernels(path)
-        assert kernels.takes_latent(*parts, self.cache, self.kv_up, values)
+        assert kernels.takes_latent(query, self.cache, self.kv_up, values)
         kernels.latent_attention(
-            *parts, self.cache, self.kv_up, self.starts[requests], self.lengths[requests], self.scale, values
+            query, self.cache, self.kv_up, self.starts[requests], self.lengths[requests], self.scale, values
         )
         assert out[:, heads * value_dim :].isnan().all()
         return values
@@ -134,7 +135,9 @@ def test_a_request_outside_the_cache_is_refused(path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_what_cannot_be_computed_is_left_to_torch(path):
-    takes = native.Kernels(path).takes_latent
+    def takes(nope, rope, *others):
+        return native.Kernels(path).takes_latent(SplitQuery(nope, rope), *others)
+
     q, cache, kv_up, out = torch.zeros(2, 3, 8), torch.zeros(9, 24), torch.zeros(3, 16, 16), torch.zeros(2, 3, 8)
     assert takes(q, q, cache, kv_up, out)
     assert not takes(q.double(), q.double(), cache.double(), kv_up.double(), out.double())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from executor import native
-from executor.model import Routing, Workspace, run_experts
+from executor.model import Router, Routing, Workspace, run_experts
 from executor.model.layout import ExpertWeights
 from executor.native.tape import Numbers, Tape, is_recording
 from tests.executor.native.support import PATHS
@@ -43,9 +43,10 @@ class Layer:
         logits = self.hidden.new_empty(REQUESTS, EXPERTS)
         weights, chosen = torch.empty(REQUESTS, 2), torch.empty(REQUESTS, 2, dtype=torch.int64)
         self.kernels.linear(self.out, self.router, logits, add=False)
-        self.kernels.choose_experts(logits, weights, chosen)
+        routing = Routing(weights, chosen)
+        self.kernels.choose_experts(logits, routing, Router())
         with native.using(self.kernels):
-            counts = run_experts(self.out, Routing(weights, chosen), self.experts, self.hidden, self.workspace)
+            counts = run_experts(self.out, routing, self.experts, self.hidden, self.workspace)
         self.workspace.reset()
         return counts
 

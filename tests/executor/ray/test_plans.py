@@ -1,6 +1,8 @@
 """Which of several policies a machine runs, and engines of several ranks; no Ray is started."""
 
+import time
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -8,8 +10,11 @@ import pytest
 from executor.batching import Request
 from executor.errors import RunError
 from executor.job.machine import AcceleratorOptions
+from executor.job.report import Ending
 from executor.ray import Engine, own_plan
+from executor.ray.options import FleetOptions
 from executor.ray.plans import Plan, by_preference, read_plans
+from executor.ray.work import FleetWork
 from executor.ray.worker import Ready, Refused, Worker
 from executor.sampling import SamplingParams
 from hrm.errors import PolicyError
@@ -162,3 +167,12 @@ def test_a_worker_that_cannot_run_says_why(model, tmp_path):
     refused = Worker(model=tmp_path / "none", policy=saved(model, tmp_path / "a.json"), accelerator=CPU).load()
     assert isinstance(refused, Refused)
     assert "none" in refused.message
+
+
+def test_a_fleet_that_nothing_answered_took_no_time():
+    """Its run.json can be read: no seconds are below 0."""
+    work = FleetWork(cast("Any", None), FleetOptions(), [])
+    for first_s in (None, time.time()):
+        work._first_s = first_s  # a request was sent
+        record = work.record(Ending.of(KeyboardInterrupt()))
+        assert (record.outcome, record.seconds, record.tokens_per_s) == ("interrupted", 0.0, 0.0)

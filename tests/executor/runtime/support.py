@@ -9,9 +9,10 @@ from executor.backends import AbstractBackend, EmulatedMachine, make_backend
 from executor.batching import Request
 from executor.checkpoint import Checkpoint
 from executor.families import family_for
-from executor.generate import Completion, Generator, Planned
+from executor.generate import Completion, Generator, Planned, Prepared
 from executor.model import Architecture
 from executor.sampling import SamplingParams
+from executor.weight_pages import StoredWeights
 from hrm.hardware import Figure, HardwareProfile, Link, MemoryLevel, Processor, Rate, Source
 from hrm.memory import plan_memory
 from hrm.model_spec import ModelSpec
@@ -104,20 +105,19 @@ def architecture(folder: Path) -> Architecture:
 
 @contextmanager
 def generator(
-    folder: Path, policy: Policy, *, backend: AbstractBackend | None = None, **options: Any
+    folder: Path,
+    policy: Policy,
+    *,
+    backend: AbstractBackend | None = None,
+    staged: Planned | None = None,
+    **options: Any,
 ) -> Iterator[Generator]:
     with Checkpoint.open(folder) as checkpoint:
         family = family_for(checkpoint.config, checkpoint.config_path)
         arch = family.architecture(checkpoint.config, checkpoint.config_path)
         plan = plan_memory(arch.spec, policy, machine())
-        made = Generator(
-            backend or make_backend("cpu", None),
-            arch,
-            Planned(policy, plan),
-            family=family,
-            source=checkpoint,
-            **options,
-        )
+        prepared = Prepared(backend or make_backend("cpu", None), Planned(policy, plan), staged)
+        made = Generator(prepared, arch, StoredWeights(checkpoint, family), **options)
     with made:
         yield made
 

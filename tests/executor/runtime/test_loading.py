@@ -13,7 +13,7 @@ from executor.backends import make_backend
 from executor.errors import CheckpointError
 from executor.loading import Loading, Target, fill
 from executor.safetensors_file import PART_BYTES, SafetensorsFile
-from hrm.buffers import Needs, Purpose, by_purpose
+from hrm.buffers import Needs, Purpose, bytes_by_purpose
 from hrm.tasks import Device
 from hrm.units import MIB
 from tests.executor.runtime.support import architecture, generator, make_policy
@@ -73,7 +73,7 @@ def test_what_stays_on_the_gpu_is_not_in_host_memory(tiny_folder):
         backend.allocate = counting
         with generator(tiny_folder, policy, backend=backend):
             pass
-        planned = by_purpose(Needs.of_policy(spec, policy).on_host())
+        planned = bytes_by_purpose(Needs.of_policy(spec, policy).on_host())
         assert sum(allocated[Device.CPU]) == sum(planned.values())
         held.append(planned[Purpose.WEIGHTS])
     assert held[-1] == 4 * spec.embedding_parameters

@@ -13,9 +13,10 @@ from executor.families import FAMILIES
 from executor.families.base import Family
 from executor.families.mixtral import MIXTRAL
 from executor.families.stored import Stored
-from executor.generate import Generator, Planned
+from executor.generate import Generator, Planned, Prepared
 from executor.model import Architecture
 from executor.random_weights import RandomWeights
+from executor.weight_pages import StoredWeights
 from hrm.cli import main as run_hrm
 from hrm.contract.families import EXECUTED_FAMILIES
 from hrm.layers import DenseFfn
@@ -121,7 +122,7 @@ def test_layers_of_two_kinds_give_the_tokens_of_the_reference(choices, schedule)
     plan = Planned(policy, plan_memory(arch.spec, policy, machine()))
     prompts = random_prompts(7, seed=2)
     backend = make_backend("cpu", None)
-    with Generator(backend, arch, plan, family=MIXED, source=RandomWeights(3)) as made:
+    with Generator(Prepared(backend, plan), arch, StoredWeights(RandomWeights(3), MIXED)) as made:
         done = generate(made, requests(prompts, max_tokens=5))
     model = reference.load(MIXED, RandomWeights(3), arch)
     for request, prompt in zip(requests(prompts), prompts, strict=True):

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain, cycle
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,10 +47,10 @@ def one() -> HardwareProfile:
     with small_sizes() as patch:
         real = gemm_rate
 
-        def gemm(dtype, *, device="cpu", sampler=None, **rest):
-            if sampler is not None and dtype == "bfloat16":  # asked of the GPU
+        def gemm(dtype, shapes, computer, **rest):
+            if computer.sampler is not None and dtype == "bfloat16":  # asked of the GPU
                 raise RuntimeError("no bfloat16 here")
-            return real(dtype, **rest)
+            return real(dtype, shapes, replace(computer, device="cpu", sampler=None), **rest)
 
         patch.setattr("hrm.profiling.gemm.gemm_rate", gemm)
         facts = GpuFacts({"gpu": "a GPU", "driver": "1.2"}, ("others use the card: 1 process",))

@@ -22,9 +22,10 @@ from hrm.model_spec import BUILT_IN_MODELS, packed_as
 from hrm.profiling import ProfileOptions, ProfilingInterrupted, profile_machine
 from hrm.profiling.attention import Heads, KvCache, attention_call, attention_rate, batch_call
 from hrm.profiling.environment import host_facts
-from hrm.profiling.gemm import GemmShape, gemm_rate, model_shapes
+from hrm.profiling.gemm import GemmShape, Shapes, gemm_rate, model_shapes
 from hrm.profiling.machine.host import attention_worker, staging_worker
 from hrm.profiling.machine.run import Run
+from hrm.profiling.timing import Computer
 from hrm.units import KIB, MIB
 from tests.hrm.profiling.fakes import TINY, figures_of, small_sizes
 
@@ -351,23 +352,21 @@ def test_attention_is_told_over_contexts_and_batches():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hrm.profiling.attention.attention_call", fake_call)
         patch.setattr("hrm.profiling.attention.QUICK_CONTEXTS", (128, 1024))
-        rate = attention_rate("float32", heads=heads, quick=True, budget_s=1.0, most_bytes=MIB, sampler=sampler)
+        rate = attention_rate("float32", heads, Computer(most_bytes=MIB, sampler=sampler), quick=True, budget_s=1.0)
     assert rate.planned.value == pytest.approx(1e9, rel=1e-3)
     assert "each request costs 10.0 µs besides" in rate.planned.note
     assert "in batches of 16, at context 1024 67% in batches of 1" in rate.planned.note
 
 
 def test_gemm_curve_takes_off_the_launch():
-    shapes = (GemmShape(32, 64), GemmShape(64, 32))
+    shapes = Shapes((GemmShape(32, 64), GemmShape(64, 32)), "x")
     seconds = 1e-3  # of every call: a rate then is proportional to the work
 
     def sampler(call, calls):
         call()
         return calls * seconds
 
-    rate = gemm_rate(
-        "float32", shapes=shapes, shapes_note="x", quick=True, budget_s=0.01, launch_s=0.0005, sampler=sampler
-    )
+    rate = gemm_rate("float32", shapes, Computer(sampler=sampler), quick=True, budget_s=0.01, launch_s=0.0005)
     flops = 2 * 256 * 2 * 32 * 64
     assert rate.planned.at(256) == pytest.approx(flops / (2 * 0.0005), rel=1e-3)
     assert rate.planned.at(1) == pytest.approx(flops / 256 / (2 * 0.0005), rel=1e-3)
@@ -377,7 +376,7 @@ def test_gemm_curve_takes_off_the_launch():
 
 def test_kernels_handed_in_are_what_is_measured():
     """A runtime's own compute the shapes and the attention, with the right operands."""
-    shapes, heads = (GemmShape(32, 64), GemmShape(64, 32)), Heads(4, 2, 16)
+    shapes, heads = Shapes((GemmShape(32, 64), GemmShape(64, 32)), "x"), Heads(4, 2, 16)
     multiplied, attended = set(), set()
 
     def multiply(x, weight, out):
@@ -393,23 +392,22 @@ def test_kernels_handed_in_are_what_is_measured():
         attended.add((len(starts), *lengths))
 
     kernels = HostKernels(name="mine", multiply=multiply, attend=attend, stage=torch.Tensor.copy_)
+    computer = Computer(kernels=kernels)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hrm.profiling.attention.QUICK_CONTEXTS", (16, 32))
         patch.setattr("hrm.profiling.attention.QUICK_BATCHES", (1, 2))
         rates = (
-            gemm_rate(
-                "float32", shapes=shapes, shapes_note="x", quick=True, budget_s=0.01, launch_s=0.0, kernels=kernels
-            ),
-            attention_rate("float32", heads=heads, quick=True, budget_s=0.01, most_bytes=MIB, kernels=kernels),
+            gemm_rate("float32", shapes, computer, quick=True, budget_s=0.01, launch_s=0.0),
+            attention_rate("float32", heads, replace(computer, most_bytes=MIB), quick=True, budget_s=0.01),
         )
-    assert multiplied == {(n, s.outputs, s.inputs) for n in (1, 4, 16, 64, 256) for s in shapes}
+    assert multiplied == {(n, s.outputs, s.inputs) for n in (1, 4, 16, 64, 256) for s in shapes.of_expert}
     assert attended == {(1, 16), (2, 16, 16), (1, 32), (2, 32, 32)}
     assert all("; mine" in rate.planned.note for rate in rates)
 
 
 def test_products_with_packed_weights_are_those_of_the_kernels():
     """By what they pack themselves, in the model's formats, or one of every code in a full measurement."""
-    shapes, packed = (GemmShape(32, 64), GemmShape(64, 32)), set()
+    shapes, packed = Shapes((GemmShape(32, 64), GemmShape(64, 32)), "x"), set()
 
     def pack(rows, width, name):
         packed.add((rows, width, name))
@@ -422,9 +420,9 @@ def test_products_with_packed_weights_are_those_of_the_kernels():
         stage=torch.Tensor.copy_,
         pack=pack,
     )
-    options = {"shapes": shapes, "shapes_note": "x", "quick": True, "budget_s": 0.01, "launch_s": 0.0}
-    rate = gemm_rate("float32", **options, kernels=kernels, packed="int4-g32")
-    assert packed == {(s.outputs, s.inputs, "int4-g32") for s in shapes}
+    computer = Computer(kernels=kernels)
+    rate = gemm_rate("float32", shapes, computer, quick=True, budget_s=0.01, launch_s=0.0, packed="int4-g32")
+    assert packed == {(s.outputs, s.inputs, "int4-g32") for s in shapes.of_expert}
     assert rate.planned.note.endswith("weights in int4-g32; mine")
     assert [count for count, _ in rate.planned.curve] == [1, 4, 16, 64, 256]
 
