@@ -7,10 +7,10 @@ then lands in one of two slots for parts. The page table is made of views, one s
 where a layer, or a part of its experts, can lie.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, NamedTuple, final
+from typing import Any, Final, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from executor.model import (
     head_views,
 )
 from executor.model.layout import num_elements
+from hrm.buffers import Purpose
 from hrm.contract.rings import EXPERT_SLOTS, STAGING_PAGES, WEIGHT_SLOTS
 from hrm.formats import ALIGNMENT_BYTES
 from hrm.formats import aligned as aligned_bytes
@@ -86,6 +87,10 @@ class LayerPages:
     host_ffn: Any
 
 
+WEIGHTS_ON_GPU: Final = (Purpose.RESIDENT_WEIGHTS, Purpose.WEIGHT_SLOTS, Purpose.EXPERT_SLOTS)
+_PURPOSES: Final = (*WEIGHTS_ON_GPU, Purpose.WEIGHTS, Purpose.STAGING)
+
+
 class StoredWeights(NamedTuple):
     """Where a model's weights are read, and of which family they are, which says how they are stored."""
 
@@ -95,27 +100,18 @@ class StoredWeights(NamedTuple):
 
 @final
 class WeightPages:
-    """The page table and the memory behind it, which is handed in as flat tensors of the dtype.
+    """The page table and the memory behind it, which is handed in as flat tensors, each for its purpose.
 
-    `resident` holds what stays on the GPU and the head, `slots` what two layers stream whole, `parts`
-    two parts of experts if they stream so, `host` all that does not stay on the GPU and the token
-    embedding, and `staging` the pinned pages. Experts have the numbers that the model's router gives
+    Resident weights are what stays on the GPU and the head, weight slots what two layers stream whole, expert slots
+    two parts of experts if they stream so, weights all that does not stay on the GPU and the token embedding, and
+    staging the pinned pages. Experts have the numbers that the model's router gives
     them: of several ranks `rank` has those of its own.
     """
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        policy: Policy,
-        *,
-        resident: Tensor,
-        slots: Tensor,
-        parts: Tensor,
-        host: Tensor,
-        staging: Tensor,
-        rank: int = 0,
-    ) -> None:
-        self._spec, self._rank, self._staging, self.dtype = spec, rank, staging, slots.dtype
+    def __init__(self, spec: ModelSpec, policy: Policy, memory: Mapping[Purpose, Tensor], *, rank: int = 0) -> None:
+        dtype: torch.dtype = getattr(torch, policy.dtype)
+        resident, slots, parts, host, staging = (memory[purpose].view(dtype) for purpose in _PURPOSES)
+        self._spec, self._rank, self._staging, self.dtype = spec, rank, staging, dtype
         self._resident, self._host = _Cursor(resident), _Cursor(host)
         self._slots, self._part_slots = slots.view(WEIGHT_SLOTS, -1), parts.view(EXPERT_SLOTS, -1)
         self._for_cpu: list[tuple[Tensor, Tensor]] = []

@@ -15,7 +15,7 @@ from executor.backends import AbstractBackend
 from executor.handlers.arenas import HostArenas
 from executor.kv_cache import KvCaches
 from executor.model import Architecture, Routing, Workspace
-from executor.weight_pages import WeightPages
+from executor.weight_pages import WEIGHTS_ON_GPU, WeightPages
 from hrm.buffers import Purpose, bytes_by_purpose
 from hrm.contract.rings import BUFFERS
 from hrm.contract.rows import NUMBERS_PER_REQUEST, NUMBERS_PER_TOKEN, ROUTING_BYTES, TOKEN_NUMBER_BYTES
@@ -208,16 +208,8 @@ def allocate(backend: AbstractBackend, arch: Architecture, host: HostArenas) -> 
 
     layers, logits = planned[Purpose.WORKSPACE], planned[Purpose.LOGITS]
     workspace, sampling_workspace = backend.workspace(layers, layers + logits)
-    weights = WeightPages(
-        spec,
-        policy,
-        resident=take(Purpose.RESIDENT_WEIGHTS).view(dtype),
-        slots=take(Purpose.WEIGHT_SLOTS).view(dtype),
-        parts=take(Purpose.EXPERT_SLOTS).view(dtype),
-        host=host.memory[Purpose.WEIGHTS].view(dtype),
-        staging=host.memory[Purpose.STAGING].view(dtype),
-        rank=arch.rank,
-    )
+    on_gpu = {purpose: take(purpose) for purpose in WEIGHTS_ON_GPU}
+    weights = WeightPages(spec, policy, {**host.memory, **on_gpu}, rank=arch.rank)
     kv_buffers = take(Purpose.KV_BUFFERS)
     idle = kv_buffers[: len(kv_buffers) // BUFFERS]  # until decode, and as long as any prompt is cached
     batches = host.needs.batches

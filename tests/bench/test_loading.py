@@ -10,15 +10,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 from executor.backends.base import host_memory
 from executor.backends.cpu import CpuBackend
 from executor.checkpoint import Checkpoint
 from executor.families import family_for
 from executor.loading import READERS
 from executor.safetensors_file import PART_BYTES
-from executor.weight_pages import StoredWeights, WeightPages
+from executor.weight_pages import WEIGHTS_ON_GPU, StoredWeights, WeightPages
 from hrm.buffers import Needs, Purpose, bytes_by_purpose
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
@@ -63,19 +61,9 @@ def pages_of(spec: ModelSpec, dtype: str) -> WeightPages:
     )
     needs = Needs.of_policy(spec, policy)
     on_gpu, on_host = bytes_by_purpose(needs.on_gpu()), bytes_by_purpose(needs.on_host())
-
-    def memory(num_bytes: int) -> torch.Tensor:
-        return host_memory(num_bytes).view(getattr(torch, dtype))
-
-    return WeightPages(
-        spec,
-        policy,
-        resident=memory(on_gpu[Purpose.RESIDENT_WEIGHTS]),
-        slots=memory(on_gpu[Purpose.WEIGHT_SLOTS]),
-        parts=memory(on_gpu[Purpose.EXPERT_SLOTS]),
-        host=memory(on_host[Purpose.WEIGHTS]),
-        staging=memory(on_host[Purpose.STAGING]),
-    )
+    sizes = {purpose: on_gpu[purpose] for purpose in WEIGHTS_ON_GPU}
+    sizes |= {purpose: on_host[purpose] for purpose in (Purpose.WEIGHTS, Purpose.STAGING)}
+    return WeightPages(spec, policy, {purpose: host_memory(num_bytes) for purpose, num_bytes in sizes.items()})
 
 
 def read(files: list[Path], threads: int) -> None:
