@@ -182,18 +182,18 @@ def stage_part(profile: HardwareProfile, index: int, share: float) -> HardwarePr
     """The stage of a pipeline on the GPU of that number, with such a share of the host."""
     count = profile.num_gpus
     of_gpu, of_host = _Times(1 / count, f"one of {count} parts"), _Times(share, f"{share:.3g} of it")
-    card = at_once(profile)[index] if profile.gpus else None
-    within = [link for link in profile.links if link.source == link.target and link.kind != "peer"]
     crossing = [link for link in profile.links if link.source != link.target]
-    return replace(
+    within = [link for link in profile.links if link.source == link.target and link.kind != "peer"]
+    part = replace(
         profile,
         name=f"GPU {index} of {profile.name}",
         num_gpus=1,
         num_stages=count,
         gpus=(),
-        levels=(card.level if card else of_gpu.level(profile.top), of_host.level(profile.host)),
-        links=(*((card.h2d, card.d2h) if card else map(of_gpu.link, crossing)), *map(of_host.link, within)),
+        levels=(of_gpu.level(profile.top), of_host.level(profile.host)),
+        links=(*map(of_gpu.link, crossing), *map(of_host.link, within)),
     )
+    return _with_gpu(part, at_once(profile)[index]) if profile.gpus else part
 
 
 def _with_gpu(part: HardwareProfile, card: GpuCard) -> HardwareProfile:

@@ -80,7 +80,8 @@ def upper_bound(space: Space, known_tokens_per_s: float = 0.0, most_regions: int
     while len(ceilings):
         small = (ceilings <= enough) | bounder.cannot_halve(regions)
         settled = max(settled, float(ceilings[small].max(initial=0.0)))
-        kinds |= bounder.kinds_in(regions.take(small & (ceilings > enough)))
+        if (above := small & (ceilings > enough)).any():
+            kinds |= bounder.kinds_in(regions.take(above))
         regions, ceilings = regions.take(~small), ceilings[~small]
         if not len(ceilings) or looked_at >= most_regions:
             break

@@ -1,5 +1,6 @@
 """What a search says of itself, held against random policies of its whole space."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -136,24 +137,29 @@ def test_the_ceiling_of_a_policy_holds_whatever_its_last_batch_is(on_gpu, prompt
         assert predicted.bound_tokens_per_s >= 0.5 * ceilings[0], "a ceiling that is near"
 
 
+def of_one_micro_batch(requests: int, residents: Sequence[int], *, chunk_tokens: int, **options: Any) -> Policy:
+    """All on the GPU but for the experts that are not resident, which the CPU computes."""
+    return Policy(
+        batch_size=requests,
+        micro_batch_size=requests,
+        attention=Device.GPU,
+        ffn=Device.CPU,
+        prefill_ffn=Device.CPU,
+        resident_experts=tuple(residents),
+        gpu_kv_micro_batches=1,
+        kv_tokens_per_micro_batch=320,
+        prefill_chunk_tokens=chunk_tokens,
+        **options,
+    )
+
+
 def test_residents_may_be_anywhere_but_in_the_last_layer():
     """There an expert has the least to do in prefill: a bound that took them to be spread evenly was too low."""
     case = random_case(Random(100_044))
     spec, layers = case.spec, case.spec.num_layers
     for whole, of_last in ((9, 0), (8, spec.num_experts)):
         residents = [38, *([spec.num_experts] * whole), *([0] * (layers - whole - 2)), of_last]
-        policy = Policy(
-            batch_size=1,
-            micro_batch_size=1,
-            attention=Device.GPU,
-            ffn=Device.CPU,
-            prefill_ffn=Device.CPU,
-            resident_experts=tuple(residents),
-            gpu_kv_micro_batches=1,
-            kv_tokens_per_micro_batch=320,
-            prefill_chunk_tokens=300,
-            dtype=case.dtype,
-        )
+        policy = of_one_micro_batch(1, residents, chunk_tokens=300, dtype=case.dtype)
         predicted = estimate(spec, policy, case.profile, case.workload)
         space = Space(spec, case.profile, case.workload, dtype=case.dtype, attention=Device.GPU, ffn=Device.CPU)
         space = replace(space, prefill_ffn=Device.CPU)
@@ -173,17 +179,8 @@ def test_residents_may_be_all_of_some_layers_experts_and_none_of_the_others(mode
     spec, profile = BUILT_IN_MODELS[model], compose("1xMI300X")
     workload = Workload(name="short", prompt_len=2, max_prompt_len=2, gen_len=1, num_requests=2)
     for whole in (spec.num_layers // 4, spec.num_layers // 2, spec.num_layers - 4):
-        policy = Policy(
-            batch_size=2,
-            micro_batch_size=2,
-            attention=Device.GPU,
-            ffn=Device.CPU,
-            prefill_ffn=Device.CPU,
-            resident_experts=(*([spec.num_experts] * whole), *([0] * (spec.num_layers - whole))),
-            gpu_kv_micro_batches=1,
-            kv_tokens_per_micro_batch=320,
-            prefill_chunk_tokens=4,
-        )
+        residents = [*([spec.num_experts] * whole), *([0] * (spec.num_layers - whole))]
+        policy = of_one_micro_batch(2, residents, chunk_tokens=4)
         predicted = estimate(spec, policy, profile, workload).tokens_per_s
         [ceiling] = lowest_ceilings(Space(spec, profile, workload), [policy])
         assert 0.98 * ceiling <= predicted <= ceiling * (1 + 1e-9)
