@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from hrm.acts import Counts, Load
 from hrm.costs import Costs
@@ -32,7 +32,7 @@ class PhaseSeconds(NamedTuple):
         return (*self.lanes.values(), self.host_memory_s, self.chain_s)
 
     @property
-    def shared_cores(self) -> tuple[Any, ...]:
+    def shared_cores(self) -> tuple[Number, ...]:
         """What it takes at least where lanes share cores: one more term, behind all others."""
         return () if self.cores_s is None else (self.cores_s,)
 

@@ -49,7 +49,7 @@ class PhaseWork:
             in_order_s=in_order_s,
             lane_s={lane: float(of_lane) for lane, of_lane in lanes.items()},
             host_memory_s=float(host_memory_s),
-            cores_s=sum(seconds.shared_cores),
+            cores_s=float(sum(seconds.shared_cores)),
             all_reduce_s=float(sum(of_act for act, of_act in seconds.acts.items() if act.reduces)),
             stretch=seconds.stretch,
         )

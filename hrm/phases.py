@@ -105,7 +105,7 @@ def step_seconds(costs: Costs, policy: Policy, context: float, *, tokens: float 
     active_share = 1.0 if tokens is None else tokens / whole
     point = Point.of_policy(policy, costs.spec)
     step = DecodeStep.of_point(costs, point, policy.schedule, active_share).seconds(context)
-    return max([*steps_seconds(costs, policy, {context: step.stretch}, tokens=tokens), *step.shared_cores])
+    return max([*steps_seconds(costs, policy, {context: step.stretch}, tokens=tokens), *map(float, step.shared_cores)])
 
 
 def steps_seconds(
