@@ -81,6 +81,8 @@ def test_ratio_is_of_repeats_that_both_took_part_in():
     """The machine was at half its speed in repeat 1, and ours alone ran in repeat 3."""
     assert ratio({0: 1.0, 1: 2.0, 2: 1.1, 3: 9.0}, {0: 1.5, 1: 3.0, 2: 1.65}) == pytest.approx(1.5)
     assert ratio({0: 1.0}, {1: 1.0}) is None
+    assert ratio({0: 0.0, 1: 1.0}, {0: 1.0, 1: 2.0}) == 2.0
+    assert ratio({0: 0.0}, {0: 1.0}) is None
 
 
 def test_equal_tokens_are_counted_over_all_or_over_the_certain_ones():

@@ -59,8 +59,11 @@ def timings(outcomes: Sequence[Outcome], row: Row) -> dict[str, Timings]:
 
 
 def ratio(ours: dict[int, float], theirs: dict[int, float]) -> float | None:
-    """How many times our seconds theirs are: the median over repeats that both have, so that drift falls out."""
-    both = ours.keys() & theirs.keys()
+    """How many times our seconds theirs are: the median over repeats that both have, so that drift falls out.
+
+    Repeats of which the system has counted no tick of ours say nothing; None if there are no others.
+    """
+    both = [repeat for repeat in ours.keys() & theirs.keys() if ours[repeat] > 0]
     return median(theirs[repeat] / ours[repeat] for repeat in both) if both else None
 
 
