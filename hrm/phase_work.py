@@ -8,7 +8,7 @@ from hrm.closed_form import DecodeStep, Point, sampled_contexts, whole_prefill
 from hrm.costs import Costs
 from hrm.lane_work import PhaseSeconds
 from hrm.policy import Policy
-from hrm.tasks import Lane
+from hrm.tasks import Lane, Phase
 from hrm.workload import Workload
 
 HOST_MEMORY: Final = "host memory"
@@ -109,19 +109,16 @@ def decode_steps(costs: Costs, policy: Policy, workload: Workload) -> list[StepW
     return found
 
 
-class JobWork(NamedTuple):
-    """The work of both phases of a job."""
-
-    prefill: PhaseWork
-    decode: PhaseWork
-
-
-def job_work(costs: Costs, turns: Sequence[Turn], workload: Workload) -> JobWork:
-    """The work of all batches of a job."""
-    decode = [
+def phase_work(phase: Phase, costs: Costs, turns: Sequence[Turn], workload: Workload) -> PhaseWork:
+    """The work of a phase in all batches of a job."""
+    if phase is Phase.PREFILL:
+        return PhaseWork.total((count, prefill_phase(costs, policy, workload)) for policy, count in turns)
+    return PhaseWork.total(
         (count * steps, work) for policy, count in turns for _, steps, work in decode_steps(costs, policy, workload)
-    ]
-    return JobWork(
-        PhaseWork.total((count, prefill_phase(costs, policy, workload)) for policy, count in turns),
-        PhaseWork.total(decode),
     )
+
+
+def job_work(costs: Costs, turns: Sequence[Turn], workload: Workload) -> tuple[PhaseWork, PhaseWork]:
+    """The work of both phases."""
+    prefill, decode = (phase_work(phase, costs, turns, workload) for phase in (Phase.PREFILL, Phase.DECODE))
+    return prefill, decode

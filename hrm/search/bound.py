@@ -38,6 +38,7 @@ from hrm.search.smooth import smoothed
 from hrm.search.space import Kind, KvPlace, Space
 
 LARGEST: Final = 2.0**24  # micro-batch size, number of micro-batches
+FEW_REGIONS: Final = 6144  # within which a bound should show that a way is not worth a search, if it is to
 BUDGET: Final = 16_000  # regions; so many more, up to the second, only as long as they may tell
 LARGEST_BUDGET: Final = 64_000  # whether the best that is known may be called optimal
 ROUND: Final = 2048  # regions that are halved at once
@@ -64,6 +65,9 @@ class Bound:
     tokens_per_s: float
     regions: int
     kinds: frozenset[Kind] | None = None
+
+
+NO_BOUND: Final = Bound(inf, 0)
 
 
 def upper_bound(space: Space, known_tokens_per_s: float = 0.0, most_regions: int = LARGEST_BUDGET) -> Bound:
@@ -316,10 +320,10 @@ class Bounder:
         """How far each side of a region is worth halving."""
         low, high = np.maximum(regions.low, 1e-9), np.maximum(regions.high, 1e-9)
         widths = np.log(high / low)
-        widths[CHUNK] *= 0.3 * (regions.one_chunk == 0)
+        widths[CHUNK] *= 0.05 * (regions.one_chunk == 0)  # prefill hardly changes with its chunks
         widths[KV] = regions.high[KV] - regions.low[KV]
         shares = (regions.high[RESIDENT] - regions.low[RESIDENT]) / self.spec.num_experts
-        widths[RESIDENT] = np.where(regions.gpu_ffn == 0, shares, 0.0)
+        widths[RESIDENT] = np.where(regions.gpu_ffn == 0, 2 * shares, 0.0)
         return widths
 
     def divided(self, regions: Regions) -> Regions:
