@@ -100,7 +100,7 @@ def kv_format(name: str) -> KvFormat | None:
     return SCALED_KV_FORMATS.get(name) if plain is None else KvFormat(name, plain.element_bytes)
 
 
-class Part(NamedTuple):
+class PackedPart(NamedTuple):
     """A part of a packed matrix, by the names that dtypes have in torch."""
 
     name: str
@@ -172,20 +172,20 @@ class PackedFormat:
         whole = all(part % self.rows == 0 for part in parts[:-1])
         return len(shape) == 2 and shape[1] * self.code_bits % 8 == 0 and whole
 
-    def parts(self, num_rows: int, width: int) -> tuple[Part, ...]:
+    def parts(self, num_rows: int, width: int) -> tuple[PackedPart, ...]:
         """The parts of a matrix in the order in which they lie in memory, each aligned."""
         groups = self.groups(width)
         shape = -(-num_rows // self.rows), groups
         parts = [
-            Part("codes", "uint8", (num_rows, width * self.code_bits // 8)),
-            Part("scales", _SCALES[self.scale], shape),
+            PackedPart("codes", "uint8", (num_rows, width * self.code_bits // 8)),
+            PackedPart("scales", _SCALES[self.scale], shape),
         ]
         if self.zeros:
-            parts.append(Part("zeros", "uint8", shape))
+            parts.append(PackedPart("zeros", "uint8", shape))
         if self.row_scales:
-            parts.append(Part("row_scales", "float32", (num_rows, 1)))
+            parts.append(PackedPart("row_scales", "float32", (num_rows, 1)))
         if self.ordered:
-            parts.append(Part("order", "int32", (1, width)))
+            parts.append(PackedPart("order", "int32", (1, width)))
         return tuple(parts)
 
     @cache  # noqa: B019 - there are few formats, and they stay

@@ -59,7 +59,7 @@ class Buffer:
     turns: int = 0
     grows: bool = False
 
-    def turn(self, number: int, piece: int = 0) -> "Part":
+    def turn(self, number: int, piece: int = 0) -> "BufferPart":
         """A piece of what comes into a buffer used in turns as so many were before."""
         return (self, number % self.turns, number, piece)
 
@@ -67,8 +67,8 @@ class Buffer:
 # A piece of one version of what lies in a slot of a buffer: buffer, slot, version, piece. A slot is a number, or two
 # for a buffer with one for each layer and micro-batch. Pieces of a version are written in order by one lane, so whoever
 # reads one finds all before it. Plain tuples, as simulations make several for every task.
-Part = tuple[Buffer, int | tuple[int, ...], int, int]
-Touch = tuple[tuple[Part, ...], tuple[Part, ...]]  # what a task reads, and what it writes
+BufferPart = tuple[Buffer, int | tuple[int, ...], int, int]
+Touch = tuple[tuple[BufferPart, ...], tuple[BufferPart, ...]]  # what a task reads, and what it writes
 NOTHING: Touch = ((), ())
 
 

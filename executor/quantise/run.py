@@ -16,7 +16,7 @@ from executor.errors import CheckpointError
 from executor.families import family_for
 from executor.formats.encode import encode
 from executor.loading import Loading
-from executor.quantise.plan import Matrix, Plan, plan_of
+from executor.quantise.plan import MatrixToPack, PackingPlan, plan_of
 from executor.quantise.publications import Publication, Stacked, publication_of
 from executor.quantise.report import Report
 from executor.quantise.shards import Entry, Shard
@@ -119,7 +119,7 @@ class _Work:
     checkpoint: Checkpoint
     head: str
     published: Publication
-    plan: Plan
+    plan: PackingPlan
 
     @staticmethod
     def of(checkpoint: Checkpoint, options: QuantiseOptions) -> "_Work":
@@ -200,7 +200,7 @@ class _Work:
             self._write_matrix(tensor, matrix, shard, report)
             loading.done_bytes += tensor.num_bytes // len(matrices)
 
-    def _write_matrix(self, tensor: _Tensor, matrix: Matrix, shard: Shard, report: Report) -> None:
+    def _write_matrix(self, tensor: _Tensor, matrix: MatrixToPack, shard: Shard, report: Report) -> None:
         weights = torch.empty(matrix.rows, matrix.width)
         self.checkpoint.read_into(matrix.stored, weights.T if matrix.transposed else weights, matrix.first_row)
         if not weights.isfinite().all():

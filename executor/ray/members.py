@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Final, final
 
-from executor.ray.assignment import Share
+from executor.ray.assignment import Assigned
 from executor.ray.plans import Plan
 from executor.ray.worker import Ready, Worker
 from hrm.run_record import RunRecord, WorkerRecord
@@ -29,7 +29,7 @@ class Member:
     node_id: str
     alive: bool = True
     ready: Ready | None = None
-    share: Share | None = None
+    share: Assigned | None = None
     requests: int = 0
     generated_tokens: int = 0
     run: RunRecord | None = None

@@ -18,7 +18,7 @@ from hrm.acts.parts import part_acts
 from hrm.acts.sums import sum_acts
 from hrm.contract.rings import BUFFERS
 from hrm.numeric import Number
-from hrm.tasks import Act, Buffer, Device, Lane, Part, Phase, TaskId, Touch
+from hrm.tasks import Act, Buffer, BufferPart, Device, Lane, Phase, TaskId, Touch
 
 if TYPE_CHECKING:
     from hrm.schedules.pipeline import Pipeline
@@ -47,12 +47,12 @@ def _at(p: "Pipeline", x: TaskId) -> int:
     return x.step * p.num_layers + x.layer
 
 
-def _hidden(p: "Pipeline", x: TaskId, *, after: int = 0, piece: int = PART) -> Part:
+def _hidden(p: "Pipeline", x: TaskId, *, after: int = 0, piece: int = PART) -> BufferPart:
     """Hidden states before a layer, or after it."""
     return (HIDDEN, x.index, x.step * (p.num_layers + 1) + x.layer + after, piece)
 
 
-def _kv_buffer(p: "Pipeline", x: TaskId, piece: int = LOADED) -> Part:
+def _kv_buffer(p: "Pipeline", x: TaskId, piece: int = LOADED) -> BufferPart:
     return KV_BUFFERS.turn(p.kv_load_index(x.step, x.layer, x.index), piece)
 
 
@@ -67,7 +67,7 @@ def _pre_attention(p: "Pipeline", x: TaskId) -> Touch:
     return ((*reads, *weights), ((QKV, x.index, _at(p, x), 0),))
 
 
-def _before_layer(p: "Pipeline", x: TaskId) -> tuple[Part, ...]:
+def _before_layer(p: "Pipeline", x: TaskId) -> tuple[BufferPart, ...]:
     """Hidden states, and what the CPU's experts add to them."""
     if x.layer > 0 and p.cpu_experts[x.layer - 1]:
         return (_hidden(p, x), (EXPERT_OUTPUT, x.index, _at(p, x) - 1, 0))
@@ -106,7 +106,7 @@ def _post_attention(p: "Pipeline", x: TaskId) -> Touch:
     return (reads, writes)
 
 
-def _after_layers(p: "Pipeline", x: TaskId) -> tuple[Part, ...]:
+def _after_layers(p: "Pipeline", x: TaskId) -> tuple[BufferPart, ...]:
     reads = (_hidden(p, x, after=1),)
     return (*reads, (EXPERT_OUTPUT, x.index, _at(p, x), 0)) if p.cpu_experts[x.layer] else reads
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from hrm.acts.load import Load
 from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
 from hrm.numeric import Number
-from hrm.tasks import Act, Buffer, Lane, Part, Phase, TaskId, Touch
+from hrm.tasks import Act, Buffer, BufferPart, Lane, Phase, TaskId, Touch
 
 if TYPE_CHECKING:
     from hrm.schedules.pipeline import Pipeline
@@ -14,14 +14,14 @@ WEIGHTS = Buffer("weight slots", WEIGHT_SLOTS)
 STAGING = Buffer("staging pages", STAGING_PAGES)
 
 
-def pages_up_to(p: "Pipeline", x: TaskId, count: int) -> tuple[Part, ...]:
+def pages_up_to(p: "Pipeline", x: TaskId, count: int) -> tuple[BufferPart, ...]:
     """What a task reads that needs the first `count` pages of its layer; nothing if the layer streams none."""
     if not count or not p.streamed[x.layer]:
         return ()
     return (WEIGHTS.turn(p.load_index(x.step, x.layer), count - 1),)
 
 
-def _staged(p: "Pipeline", x: TaskId) -> Part:
+def _staged(p: "Pipeline", x: TaskId) -> BufferPart:
     return STAGING.turn(p.load_index(x.step, x.layer) * p.num_pages + x.index)
 
 

@@ -13,7 +13,7 @@ from hrm.acts.parts import part_acts
 from hrm.acts.sums import sum_acts
 from hrm.contract.rings import BUFFERS
 from hrm.numeric import Number
-from hrm.tasks import Act, Buffer, Lane, Part, Phase, TaskId, Touch
+from hrm.tasks import Act, Buffer, BufferPart, Lane, Phase, TaskId, Touch
 
 if TYPE_CHECKING:
     from hrm.schedules.pipeline import Pipeline
@@ -35,19 +35,19 @@ def _turn(p: "Pipeline", x: TaskId) -> int:
     return x.layer * p.num_micro_batches + x.index
 
 
-def _hidden(p: "Pipeline", x: TaskId, piece: int) -> Part:
+def _hidden(p: "Pipeline", x: TaskId, piece: int) -> BufferPart:
     return HIDDEN.turn(_turn(p, x), piece)
 
 
-def _kv(p: "Pipeline", x: TaskId) -> Part:
+def _kv(p: "Pipeline", x: TaskId) -> BufferPart:
     return KV.turn(_turn(p, x))
 
 
-def _routed(p: "Pipeline", x: TaskId, piece: int) -> Part:
+def _routed(p: "Pipeline", x: TaskId, piece: int) -> BufferPart:
     return ROUTED.turn(_turn(p, x), piece)
 
 
-def _host_hidden(p: "Pipeline", x: TaskId) -> Part:
+def _host_hidden(p: "Pipeline", x: TaskId) -> BufferPart:
     """Hidden states before a layer, on the host."""
     return (HOST_HIDDEN, x.index, x.layer, AFTER if p.cpu_experts[x.layer - 1] else BEFORE)
 
@@ -84,7 +84,7 @@ def _cpu_experts(p: "Pipeline", x: TaskId) -> Touch:
     return (reads, ((*added, AFTER),))
 
 
-def _after_layers(p: "Pipeline", x: TaskId) -> tuple[Part, ...]:
+def _after_layers(p: "Pipeline", x: TaskId) -> tuple[BufferPart, ...]:
     reads = (_hidden(p, x, AFTER),)
     return (*reads, _routed(p, x, OUTPUT)) if p.cpu_experts[x.layer] else reads
 

@@ -210,7 +210,7 @@ def _all_at_once(run: Run, gpus: Sequence["AbstractGpu"], largest: int, seconds:
     """CPU attention, staging and the links to the GPUs at once."""
     import torch
 
-    from hrm.profiling.contention import Worker, bytes_together
+    from hrm.profiling.contention import BusyLane, bytes_together
     from hrm.profiling.gpu_link import gpu_transfer
 
     size = min(CONTENTION_TRANSFER, largest)
@@ -226,7 +226,7 @@ def _all_at_once(run: Run, gpus: Sequence["AbstractGpu"], largest: int, seconds:
     workers = {
         "attention": attention_worker(run, _threads(run, Lane.CPU)),
         "staging": staging_worker(run, size, _threads(run, Lane.STAGE), gpus[0].pinned),
-        "h2d": Worker(transfers, lambda: torch.set_num_threads(1), float(size * len(gpus))),
+        "h2d": BusyLane(transfers, lambda: torch.set_num_threads(1), float(size * len(gpus))),
     }
     with torch.inference_mode():
         return bytes_together(workers, budget_s=seconds)
