@@ -67,34 +67,46 @@ FORMATS: Final[Mapping[str, Format]] = {
 class KvFormat:
     """How a token lies in a KV cache: in plain numbers, or in codes of a byte that a head has a scale for.
 
-    With `scale_bytes` a token's row has the codes of all its parts, one part after the other, and then
-    a scale for each part; both are filled up to ALIGNMENT_BYTES, so that rows are read in whole vectors.
-    A part is what one head has of keys or values. Scales are bfloat16: it has the range of float32, and
-    as codes are made with the scale that is stored, its few digits cost next to nothing.
+    `codes` is the dtype that they have in torch. With it a token's row has the codes of all its parts, one part after
+    the other, and from `scales_at` on a scale for each part; both are filled up to ALIGNMENT_BYTES, so that rows are
+    read in whole vectors. A part is what one head has of keys or values. Scales are bfloat16: it has the range of
+    float32, and as codes are made with the scale that is stored, its few digits cost next to nothing.
     """
 
     name: str
     element_bytes: float
-    scale_bytes: int = 0
+    codes: str = ""
 
     @property
     def is_scaled(self) -> bool:
         """Whether numbers are codes that need their scale."""
-        return self.scale_bytes > 0
+        return bool(self.codes)
 
     def row_bytes(self, parts: Sequence[int]) -> int:
         """Bytes of a token's row, whose parts have so many elements."""
+        if self.is_scaled:
+            return scales_at(parts) + aligned(_DTYPE_BYTES[KV_SCALES] * len(parts))
         elements: Any = self.element_bytes * sum(parts)
-        return aligned(elements) + aligned(self.scale_bytes * len(parts)) if self.is_scaled else elements
+        return elements
 
 
-SCALED_KV_FORMATS: Final[Mapping[str, KvFormat]] = {name: KvFormat(name, 1, scale_bytes=2) for name in ("fp8", "int8")}
+KV_SCALES: Final = "bfloat16"
+
+
+def scales_at(parts: Sequence[int]) -> int:
+    """The byte at which a row's scales begin, whose parts have so many codes."""
+    return aligned(sum(parts))
+
+
+SCALED_KV_FORMATS: Final[Mapping[str, KvFormat]] = {
+    row.name: row for row in (KvFormat("fp8", 1, codes="float8_e4m3fn"), KvFormat("int8", 1, codes="int8"))
+}
 
 
 def kv_format(name: str) -> KvFormat | None:
     """The format of a KV cache by that name; None if there is none.
 
-    It may be any of FORMATS, `fp8` (e4m3) or `int8`.
+    It may be any of FORMATS or of SCALED_KV_FORMATS.
     """
     plain = FORMATS.get(name)
     return SCALED_KV_FORMATS.get(name) if plain is None else KvFormat(name, plain.element_bytes)
