@@ -26,6 +26,16 @@ class Lane(StrEnum):
     D2H = "D2H"
     STAGE = "STAGE"
 
+    @property
+    def computes(self) -> bool:
+        """Whether its tasks compute; those of all other lanes move bytes."""
+        return self is Lane.GPU or self is Lane.CPU
+
+    @property
+    def is_link(self) -> bool:
+        """Whether what its tasks move crosses a link between host and GPU."""
+        return self is Lane.H2D or self is Lane.D2H
+
     __hash__ = str.__hash__  # Enum would hash the name in Python, and simulations hash a lot
 
 

@@ -59,9 +59,7 @@ class DecodeHandlers(PhaseHandlers):
             decode.REDUCE_LAST: self.reduce_last,
         }
         return {
-            decode.STAGE_PAGE: pages.stage,
-            decode.LOAD_PAGE: pages.load,
-            decode.LOAD_PART: pages.load_part,
+            **pages.by_act(),
             decode.PART_EXPERTS: self.part_experts,
             decode.SAMPLE: self.sample,
             **{act: self.on_rows(work) for act, work in of_rows.items()},

@@ -133,7 +133,8 @@ def _attended_bytes(x: Load) -> Number:
     return x.costs.runtime.attention_passes * attended
 
 
-STAGE_PAGE, LOAD_PAGE = page_acts(Phase.DECODE)
+PAGES: Final = page_acts(Phase.DECODE)
+LOAD_PAGE: Final = PAGES[-1]
 LOAD_PART, PART_EXPERTS = part_acts(
     Phase.DECODE,
     hidden=lambda p, x: _hidden(p, x, after=1),
@@ -326,8 +327,7 @@ ALL: Final = (
     OFFLOAD_TOKENS,
     CPU_EXPERTS,
     LOAD_EXPERT_OUTPUT,
-    LOAD_PAGE,
-    STAGE_PAGE,
+    *PAGES,
     LOAD_PART,
     REDUCE_LAST,
     SAMPLE,

@@ -34,8 +34,13 @@ def _page_bytes(x: Load) -> Number:
     return x.page_bytes
 
 
-def page_acts(phase: Phase) -> tuple[Act, Act]:
-    """STAGE_PAGE and LOAD_PAGE of a phase."""
+def on_its_way(acts: tuple[Act, ...], p: "Pipeline") -> tuple[Act, ...]:
+    """Those of a phase's `page_acts` that a page goes through, in order."""
+    return acts if p.staging else acts[-1:]
+
+
+def page_acts(phase: Phase) -> tuple[Act, ...]:
+    """What may be done to a page of a phase, in order: STAGE_PAGE, and at last LOAD_PAGE."""
     stage = Act(
         letter="S",
         name="STAGE_PAGE",

@@ -101,7 +101,8 @@ def _if_last_on_cpu(c: Counts) -> Number:
     return c.pieces * (c.last_cpu_experts >= 1)
 
 
-STAGE_PAGE, LOAD_PAGE = page_acts(Phase.PREFILL)
+PAGES: Final = page_acts(Phase.PREFILL)
+LOAD_PAGE: Final = PAGES[-1]
 LOAD_PART, PART_EXPERTS = part_acts(
     Phase.PREFILL,
     hidden=lambda p, x: _hidden(p, x, AFTER),
@@ -253,8 +254,7 @@ ALL: Final = (
     STORE_HIDDEN,
     CPU_EXPERTS,
     LOAD_EXPERT_OUTPUT,
-    LOAD_PAGE,
-    STAGE_PAGE,
+    *PAGES,
     LOAD_PART,
     REDUCE_LAST,
     SAMPLE,
