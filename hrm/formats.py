@@ -129,7 +129,7 @@ _DTYPE_BYTES: Final = {"uint8": 1, "int8": 1, "int32": 4, "float32": 4, "bfloat1
 _CODE_BITS: Final = {"fp8": 8, "int8": 8, "int4": 4, "fp4": 4}
 _SCALES: Final = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "e8m0": "uint8", "e4m3": "uint8"}
 _NAME: Final = re.compile(
-    r"(?P<code>fp8|int8|int4|fp4)(-b(?P<block>\d+))?(-g(?P<group>\d+))?(-(?P<scale>f32|bf16|f16|e8m0|e4m3))?"
+    rf"(?P<code>{'|'.join(_CODE_BITS)})(-b(?P<block>\d+))?(-g(?P<group>\d+))?(-(?P<scale>{'|'.join(_SCALES)}))?"
     r"(?P<zeros>-z)?(?P<row_scales>-r)?(?P<ordered>-o)?"
 )
 # The short names under which people know some of them.
