@@ -250,6 +250,10 @@ class Formats:
     kv_cache: KvFormat
     compute: Format
 
+    def numbers_bytes(self, parts: Sequence[int]) -> int:
+        """Bytes of a token's cached parts as numbers: as they lie in the cache, or as its codes mean them."""
+        return self.compute.bytes_of(sum(parts)) if self.kv_cache.is_scaled else self.kv_cache.row_bytes(parts)
+
     @staticmethod
     def of(dtype: str) -> "Formats":
         """One dtype for all three."""
