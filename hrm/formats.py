@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
-from typing import Any, Final, NamedTuple, overload
+from typing import Final, NamedTuple, overload
 
 from hrm.numeric import Number
 
@@ -74,7 +74,7 @@ class KvFormat:
     """
 
     name: str
-    element_bytes: float
+    element_bytes: int
     codes: str = ""
 
     @property
@@ -86,8 +86,7 @@ class KvFormat:
         """Bytes of a token's row, whose parts have so many elements."""
         if self.is_scaled:
             return scales_at(parts) + aligned(_DTYPE_BYTES[KV_SCALES] * len(parts))
-        elements: Any = self.element_bytes * sum(parts)
-        return elements
+        return self.element_bytes * sum(parts)
 
 
 KV_SCALES: Final = "bfloat16"
@@ -109,7 +108,7 @@ def kv_format(name: str) -> KvFormat | None:
     It may be any of FORMATS or of SCALED_KV_FORMATS.
     """
     plain = FORMATS.get(name)
-    return SCALED_KV_FORMATS.get(name) if plain is None else KvFormat(name, plain.element_bytes)
+    return SCALED_KV_FORMATS.get(name) if plain is None else KvFormat(name, int(plain.element_bytes))
 
 
 class PackedPart(NamedTuple):
