@@ -10,7 +10,7 @@ from typing import Final, final
 import torch
 
 from executor.checkpoint import Checkpoint
-from executor.checkpoint_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_object
+from executor.checkpoint_files import INDEX_FILE, SINGLE_FILE, read_object
 from executor.download import SMALL_FILES
 from executor.errors import CheckpointError
 from executor.families import family_for
@@ -24,6 +24,7 @@ from executor.safetensors_file import DOWNLOAD_AGAIN, SafetensorsFile
 from hrm.errors import ModelError
 from hrm.files import is_file, open_regular, write_whole
 from hrm.folders import check_new_folder, new_folder
+from hrm.hub import CONFIG_FILE
 from hrm.model_spec import What, decoder_keys
 from hrm.model_spec.published_dtype import QUANTISATION_KEYS
 from hrm.model_spec.quantisation import TEXT_PREFIXES, scale_dtype
