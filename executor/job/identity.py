@@ -69,7 +69,7 @@ class Identity:
             config=_digest([config]),
             text=_digest(part for path in _text_files(folder) for part in (path.name.encode(), _content(path))),
             dtype=policy.dtype,
-            kv_format=policy.kv_format if policy.kv_format != policy.dtype else "",
+            kv_format=policy.other_kv_format,
             seed=seed,
             computed=computed,
             sampling=str(sampling),
