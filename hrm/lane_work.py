@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from hrm.acts import Counts, Load
 from hrm.costs import Costs
 from hrm.numeric import Number, is_zero, maximum
 from hrm.tasks import Act, Lane
+
+CHAIN: Final = len(Lane) + 1  # the place of the chain among `PhaseSeconds.terms`
 
 
 class PhaseSeconds(NamedTuple):
