@@ -12,6 +12,8 @@ from hrm.acts.load import (
     in_each_layer,
     of_a_rank,
     reached_expert_bytes,
+    to_gpu,
+    to_host,
 )
 from hrm.acts.pages import page_acts, pages_up_to
 from hrm.acts.parts import part_acts
@@ -146,16 +148,14 @@ REDUCE_HIDDEN, REDUCE_ATTENTION, REDUCE_LAST = sum_acts(
     attended=lambda p, x: ((_hidden(p, x, piece=ATTENDED_PART),), (_hidden(p, x, piece=ATTENDED_SUM),)),
     last=lambda p, x: (_after_layers(p, x), (_hidden(p, x, after=1, piece=SUM),)),
 )
-EMBED: Final = Act(
+EMBED: Final = to_gpu(
     letter="E",
     name="EMBED",
     words="token embeddings gathered on the host and moved to the GPU",
     phase=Phase.DECODE,
-    lane=Lane.H2D,
     touches=lambda p, x: (((TOKEN, x.index, x.step, 0),), (_hidden(p, x),)),
     count=each,
     moves=hidden_bytes,
-    seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
 )
 PRE_ATTENTION: Final = Act(
     letter="A",
@@ -168,16 +168,14 @@ PRE_ATTENTION: Final = Act(
     seconds=lambda x, _: x.costs.pre_attention(x.tokens, x.kind),
     chained=True,
 )
-OFFLOAD_QKV: Final = Act(
+OFFLOAD_QKV: Final = to_host(
     letter="Q",
     name="OFFLOAD_QKV",
     words="queries, keys and values of the new tokens to the host",
     phase=Phase.DECODE,
-    lane=Lane.D2H,
     touches=lambda p, x: _handed_on(QKV, HOST_QKV, p, x),
     count=_if_attended_on_cpu,
     moves=lambda x: x.tokens * x.kind.mixer.sent_bytes(x.formats),
-    seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
     chained=True,
 )
 LOAD_KV: Final = Act(
@@ -192,16 +190,14 @@ LOAD_KV: Final = Act(
     seconds=lambda x, num_bytes: x.costs.load_kv(num_bytes),
     attends=True,
 )
-STORE_KV: Final = Act(
+STORE_KV: Final = to_host(
     letter="V",
     name="STORE_KV",
     words="new keys and values to the host",
     phase=Phase.DECODE,
-    lane=Lane.D2H,
     touches=_store_kv,
     count=_if_streamed,
     moves=lambda x: x.kind.mixer.cache_bytes(x.formats, x.tokens, x.tokens),
-    seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
 )
 ATTENTION: Final = Act(
     letter="B",
@@ -228,16 +224,14 @@ CPU_ATTENTION: Final = Act(
     attends=True,
     chained=True,
 )
-LOAD_HIDDEN: Final = Act(
+LOAD_HIDDEN: Final = to_gpu(
     letter="H",
     name="LOAD_HIDDEN",
     words="attention output (decode) or hidden states (prefill) to the GPU",
     phase=Phase.DECODE,
-    lane=Lane.H2D,
     touches=lambda p, x: _handed_on(HOST_OUTPUT, OUTPUT, p, x),
     count=_if_attended_on_cpu,
     moves=lambda x: x.tokens * x.kind.mixer.returned_bytes(x.formats),
-    seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
     chained=True,
 )
 OUTPUT_PROJECTION: Final = Act(
@@ -263,16 +257,14 @@ POST_ATTENTION: Final = Act(
     by_ffn=True,
     chained=True,
 )
-OFFLOAD_TOKENS: Final = Act(
+OFFLOAD_TOKENS: Final = to_host(
     letter="X",
     name="OFFLOAD_TOKENS",
     words="normed tokens and their routing to the host",
     phase=Phase.DECODE,
-    lane=Lane.D2H,
     touches=lambda p, x: _handed_on(ROUTED, HOST_ROUTED, p, x),
     count=if_experts_on_cpu,
     moves=lambda x: operators.routed_token_bytes(x.spec, x.formats, x.tokens),
-    seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
     chained=True,
 )
 CPU_EXPERTS: Final = Act(
@@ -287,16 +279,14 @@ CPU_EXPERTS: Final = Act(
     host_bytes=lambda x: reached_expert_bytes(x, x.tokens),
     chained=True,
 )
-LOAD_EXPERT_OUTPUT: Final = Act(
+LOAD_EXPERT_OUTPUT: Final = to_gpu(
     letter="Y",
     name="LOAD_EXPERT_OUTPUT",
     words="their output to the GPU",
     phase=Phase.DECODE,
-    lane=Lane.H2D,
     touches=lambda p, x: _handed_on(HOST_EXPERT_OUTPUT, EXPERT_OUTPUT, p, x),
     count=if_experts_on_cpu,
     moves=hidden_bytes,
-    seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
     chained=True,
 )
 SAMPLE: Final = Act(

@@ -7,7 +7,17 @@ layer, when they do not go there, its output comes to the GPU instead.
 from typing import TYPE_CHECKING, Final
 
 from hrm import operators
-from hrm.acts.load import Counts, each, hidden_bytes, if_experts_on_cpu, in_each_layer, of_a_rank, reached_expert_bytes
+from hrm.acts.load import (
+    Counts,
+    each,
+    hidden_bytes,
+    if_experts_on_cpu,
+    in_each_layer,
+    of_a_rank,
+    reached_expert_bytes,
+    to_gpu,
+    to_host,
+)
 from hrm.acts.pages import page_acts, pages_up_to
 from hrm.acts.parts import part_acts
 from hrm.acts.sums import sum_acts
@@ -117,28 +127,24 @@ REDUCE_HIDDEN, REDUCE_ATTENTION, REDUCE_LAST = sum_acts(
     last=lambda p, x: (_after_layers(p, x), (_hidden(p, x, LAST_SUM),)),
     last_s=lambda x, _: x.costs.of_ends(x.requests, x.costs.all_reduce),
 )
-EMBED: Final = Act(
+EMBED: Final = to_gpu(
     letter="E",
     name="EMBED",
     words="token embeddings gathered on the host and moved to the GPU",
     phase=Phase.PREFILL,
-    lane=Lane.H2D,
     touches=lambda p, x: ((), (_hidden(p, x, BEFORE),)),
     count=each,
     moves=hidden_bytes,
-    seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
     chained=True,
 )
-LOAD_HIDDEN: Final = Act(
+LOAD_HIDDEN: Final = to_gpu(
     letter="H",
     name="LOAD_HIDDEN",
     words="attention output (decode) or hidden states (prefill) to the GPU",
     phase=Phase.PREFILL,
-    lane=Lane.H2D,
     touches=lambda p, x: ((_host_hidden(p, x),), (_hidden(p, x, BEFORE),)),
     count=_between_layers,
     moves=hidden_bytes,
-    seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
     chained=True,
 )
 PREFILL_ATTENTION: Final = Act(
@@ -167,39 +173,33 @@ PREFILL_LAYER: Final = Act(
     by_ffn=True,
     chained=True,
 )
-STORE_KV: Final = Act(
+STORE_KV: Final = to_host(
     letter="V",
     name="STORE_KV",
     words="new keys and values to the host",
     phase=Phase.PREFILL,
-    lane=Lane.D2H,
     touches=lambda p, x: ((_kv(p, x),), ((HOST_KV, (x.layer, x.index), 1, 0),)),
     count=in_each_layer,
     moves=lambda x: x.stored_share * x.kind.mixer.cache_bytes(x.formats, x.tokens / x.context, x.tokens),
-    seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
 )
-STORE_HIDDEN: Final = Act(
+STORE_HIDDEN: Final = to_host(
     letter="O",
     name="STORE_HIDDEN",
     words="hidden states of a chunk of prompts to the host",
     phase=Phase.PREFILL,
-    lane=Lane.D2H,
     touches=lambda p, x: ((_hidden(p, x, AFTER),), ((HOST_HIDDEN, x.index, x.layer + 1, BEFORE),)),
     count=_between_layers,
     moves=hidden_bytes,
-    seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
     chained=True,
 )
-OFFLOAD_TOKENS: Final = Act(
+OFFLOAD_TOKENS: Final = to_host(
     letter="X",
     name="OFFLOAD_TOKENS",
     words="normed tokens and their routing to the host",
     phase=Phase.PREFILL,
-    lane=Lane.D2H,
     touches=lambda p, x: ((_routed(p, x, TOKENS),), (HOST_ROUTED.turn(_turn(p, x)),)),
     count=if_experts_on_cpu,
     moves=lambda x: x.costs.going_on(x, lambda tokens: operators.routed_token_bytes(x.spec, x.formats, tokens)),
-    seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
     of_cpu_experts=True,
     chained=True,
 )
@@ -216,16 +216,14 @@ CPU_EXPERTS: Final = Act(
     of_cpu_experts=True,
     chained=True,
 )
-LOAD_EXPERT_OUTPUT: Final = Act(
+LOAD_EXPERT_OUTPUT: Final = to_gpu(
     letter="Y",
     name="LOAD_EXPERT_OUTPUT",
     words="their output to the GPU",
     phase=Phase.PREFILL,
-    lane=Lane.H2D,
     touches=lambda p, x: (((HOST_HIDDEN, x.index, x.layer + 1, AFTER),), (_routed(p, x, OUTPUT),)),
     count=_if_last_on_cpu,
     moves=lambda x: x.costs.going_on(x, lambda tokens: operators.hidden_bytes(x.spec, x.formats, tokens)),
-    seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
     of_last=True,
     chained=True,
 )
