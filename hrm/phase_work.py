@@ -87,7 +87,7 @@ def prefill_phase(costs: Costs, policy: Policy, workload: Workload) -> PhaseWork
     return PhaseWork.of(seconds, in_order_s=float(max(*seconds.terms, *seconds.shared_cores)))
 
 
-class StepWork(NamedTuple):
+class StepsAlike(NamedTuple):
     """The work of one decode step at a mean context, which stands for so many steps."""
 
     context: float
@@ -95,17 +95,17 @@ class StepWork(NamedTuple):
     work: PhaseWork
 
 
-def decode_steps(costs: Costs, policy: Policy, workload: Workload) -> list[StepWork]:
+def decode_steps(costs: Costs, policy: Policy, workload: Workload) -> list[StepsAlike]:
     """The work of the decode steps of one batch."""
     if not workload.decode_steps:
         return []
     point = Point.of_policy(policy, costs.spec)
     step = DecodeStep.of_point(costs, point, policy.schedule, workload.active_share)
-    found: list[StepWork] = []
+    found: list[StepsAlike] = []
     for context, steps in sampled_contexts(costs.spec, workload).items():
         seconds = step.seconds(context)
         work = PhaseWork.of(seconds, in_order_s=float(max(step.in_order(seconds))))
-        found.append(StepWork(context, steps, work))
+        found.append(StepsAlike(context, steps, work))
     return found
 
 

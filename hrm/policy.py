@@ -248,6 +248,11 @@ class Policy:
         return any_parts * self.experts_per_part * spec.expert_bytes(self.formats.weights)
 
     @property
+    def other_kv_format(self) -> str:
+        """The format of the KV cache where that is not in the dtype; else empty."""
+        return "" if self.kv_format == self.dtype else self.kv_format
+
+    @property
     def streams_kv(self) -> bool:
         """Whether attention on the GPU reads a part of the KV cache over the link."""
         return self.kv_caches_at(Place.STREAMED) > 0

@@ -219,7 +219,7 @@ def _print_chunks(policy: Policy, workload: Workload) -> None:
 def _kv_cache(policy: Policy) -> str:
     """Where the KV cache lies, and in which format if it is not the dtype."""
     on_gpu, number = policy.gpu_kv_micro_batches, policy.num_micro_batches
-    form = "" if policy.kv_format == policy.dtype else f", in {policy.kv_format}"
+    form = f", in {policy.other_kv_format}" if policy.other_kv_format else ""
     if 0 < on_gpu < number:
         return f"the KV cache of {on_gpu} of {number} micro-batches on the GPU{form}"
     return f"the KV cache in {'GPU' if on_gpu else 'host'} memory{form}"

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from hrm.closed_form import Point, batch_terms, stacked
 from hrm.costs import Costs
+from hrm.lane_work import CHAIN
 from hrm.layers import Layer
 from hrm.numeric import Number
 from hrm.policy import ScheduleName
@@ -47,8 +48,7 @@ PROGRESS: Final = 0.9  # of the excess over what is known is left at most, if it
 CLOSE: Final = 2e-3  # a region that is better by no more is not halved
 _IN_FLIGHT: Final = LOOKAHEAD + 1  # micro-batches, at most
 _NEARLY: Final = 1 - 1e-9  # all of the last layer: it may be that none of it is
-_CHAIN: Final = 6  # the place of their chain, or that of chunks, among the terms of a phase
-_ALONE: Final = 8  # that of a lone micro-batch where experts stream in parts
+_ALONE: Final = CHAIN + 2  # that of a lone micro-batch where experts stream in parts, after one more of these
 # The schedules whose every term is cheapest at the best corner; of others only the lanes are taken.
 _ALL_TERMS: Final = {ScheduleName.CGOPIPE, ScheduleName.DEEPSPEED}
 PhaseTerms = list[tuple[Floats, Floats]]  # weights of (contexts, 1), terms of (terms, contexts, regions)
@@ -231,7 +231,7 @@ class Bounder:
         prefill, decode = self._phase_terms(regions, size, number, least_chunks=least_chunks)
         # Of a chain of tasks, as many are under way as there are micro-batches, up to a few.
         under_way = np.minimum(number, _IN_FLIGHT) / np.minimum(regions.high[NUMBER], _IN_FLIGHT)
-        decode[1][_CHAIN] *= np.minimum(under_way, 1.0)
+        decode[1][CHAIN] *= np.minimum(under_way, 1.0)
         return [(weights, terms / batch) for weights, terms in (prefill, decode)]
 
     def _at_least_of_batches(self, regions: Regions, phases: PhaseTerms, batches: Floats, requests: int) -> PhaseTerms:
@@ -301,7 +301,7 @@ class Bounder:
             for weights, terms in batch_terms(self.costs, point, schedule, self.space.workload)
         ]
         # Of many chunks so many are under way with the CPU's experts that their chain says no more than the lanes do.
-        found[0][1][_CHAIN] *= np.maximum(regions.gpu_prefill, regions.one_chunk)
+        found[0][1][CHAIN] *= np.maximum(regions.gpu_prefill, regions.one_chunk)
         if self.space.experts_per_part:
             found[1][1][_ALONE] *= regions.high[NUMBER] <= 1
         return found
