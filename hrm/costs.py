@@ -220,6 +220,15 @@ class Costs:
         accesses = self.profile.host_accesses_a_transferred_byte * moved_bytes + read_bytes
         return accesses / self.profile.host.together_bytes_per_s
 
+    @property
+    def hand_over_s(self) -> float:
+        """Seconds until the thread of a lane knows what that of another has done; 0 where it was not measured.
+
+        That is a part of running a task, and on a core that all lanes share nearly all of it.
+        """
+        shared = self.profile.lane_threads
+        return 0.0 if shared is None else shared.task_s.value
+
     def sharing_cores(self, num_tasks: Number, *, gpu_s: Number, cpu_s: Number) -> Number | None:
         """Seconds that lanes which are threads of one process take at least together, as they share its cores.
 

@@ -76,7 +76,7 @@ def prefill_work(
     is of as many tokens as if there were all of them. `stretch` is worked out unless it is known.
     """
     tokens = policy.batch_size * workload.prompt_len
-    num_chunks = ceil(tokens / policy.prefill_chunk_tokens)
+    num_chunks = int(workload.chunks(policy.batch_size, policy.prefill_chunk_tokens))
     if stretch is None:
         stretch = whole_prefill(costs, Point.of_policy(policy, costs.spec), workload).stretch
     return TaskWork(
@@ -93,7 +93,7 @@ def prefill_work(
 def simulate_work(work: TaskWork) -> Trace:
     """The trace of a phase whose tasks take their predicted seconds."""
     tasks = iter_tasks(work.pipeline, work.policy.schedule)
-    return simulate(tasks, work.seconds_of())
+    return simulate(tasks, work.seconds_of(), work.costs.hand_over_s)
 
 
 def step_seconds(costs: Costs, policy: Policy, context: float, *, tokens: float | None = None) -> float:
@@ -142,8 +142,7 @@ def prefill_seconds(costs: Costs, policy: Policy, workload: Workload, *, stretch
     tasks_a_chunk = _TASKS_A_CHUNK + _tasks_of_parts(policy.parts(costs.spec, Phase.PREFILL))
     affordable = max(MIN_CHUNKS, MAX_TASKS // (MIN_LAYERS * tasks_a_chunk))
     work = prefill_work(costs, policy, workload, shape=shape, max_chunks=affordable, stretch=stretch)
-    chunks = ceil(policy.batch_size * workload.prompt_len / policy.prefill_chunk_tokens)
-    in_one = chunks / work.pipeline.num_micro_batches
+    in_one = float(workload.chunks(policy.batch_size, policy.prefill_chunk_tokens)) / work.pipeline.num_micro_batches
     tasks_a_layer = tasks_a_chunk * work.pipeline.num_micro_batches
     return _over_layers(work, tasks_a_layer, lambda work: max(_walked(work, in_one, pages_in_one)[1]))
 
@@ -194,7 +193,7 @@ def _walked(
             if not task_id.act.attends:
                 others[number] = of_task
         seconds.append(of_task)
-    return order, end_times(order, seconds)
+    return order, end_times(order, seconds, work.costs.hand_over_s)
 
 
 def _order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
