@@ -9,7 +9,7 @@ from operator import itemgetter
 from typing import Final
 
 from hrm.closed_form import DecodeStep, Point, whole_prefill
-from hrm.costs import Costs, LayerMix, TaskWork
+from hrm.costs import ALONE, Costs, LayerMix, Stretch, TaskWork
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import Pipeline, decode_pipeline, iter_positions, iter_tasks, prefill_pipeline
 from hrm.simulate import Order, end_times, in_order, simulate
@@ -27,7 +27,7 @@ _TASKS_A_CHUNK: Final = 6  # of prefill, in each layer
 STEADY_STEPS: Final = 3
 _ACT_AND_LAYER: Final = itemgetter(0, 1)  # of a task: those that share both take equally long
 # By layers and stretch of a work: seconds of its distinct tasks, by their number, which hold in any context.
-_Known = dict[tuple[int, float], dict[int, float]]
+_Known = dict[tuple[int, Stretch], dict[int, float]]
 
 
 def decode_work(
@@ -38,7 +38,7 @@ def decode_work(
     num_steps: int,
     tokens: float | None = None,
     shape: Policy | None = None,
-    stretch: float | None = None,
+    stretch: Stretch | None = None,
 ) -> TaskWork:
     """Bytes and seconds of the tasks of `num_steps` decode steps at a mean context.
 
@@ -68,7 +68,7 @@ def prefill_work(
     *,
     shape: Policy | None = None,
     max_chunks: float = inf,
-    stretch: float | None = None,
+    stretch: Stretch | None = None,
 ) -> TaskWork:
     """Bytes and seconds of the tasks of one batch's prefill.
 
@@ -109,7 +109,7 @@ def step_seconds(costs: Costs, policy: Policy, context: float, *, tokens: float 
 
 
 def steps_seconds(
-    costs: Costs, policy: Policy, stretches: Mapping[float, float], *, tokens: float | None = None
+    costs: Costs, policy: Policy, stretches: Mapping[float, Stretch], *, tokens: float | None = None
 ) -> list[float]:
     """The same at each of some mean contexts, for which it is known how far tasks are stretched.
 
@@ -127,7 +127,7 @@ def steps_seconds(
         return ends[-2] - ends[-3]
 
     first = next(iter(stretches), 0.0)
-    work = decode_work(costs, policy, first, num_steps=STEADY_STEPS, tokens=tokens, shape=shape, stretch=1.0)
+    work = decode_work(costs, policy, first, num_steps=STEADY_STEPS, tokens=tokens, shape=shape, stretch=ALONE)
     tasks_a_layer = _TASKS_A_MICRO_BATCH * STEADY_STEPS * max(shape.num_micro_batches, work.pipeline.num_pages)
     tasks_a_layer += STEADY_STEPS * shape.num_micro_batches * _tasks_of_parts(work.pipeline.parts)
     return [
@@ -136,7 +136,7 @@ def steps_seconds(
     ]
 
 
-def prefill_seconds(costs: Costs, policy: Policy, workload: Workload, *, stretch: float | None = None) -> float:
+def prefill_seconds(costs: Costs, policy: Policy, workload: Workload, *, stretch: Stretch | None = None) -> float:
     """Simulated seconds of one batch's prefill; of very many chunks, each stands for several."""
     shape, _, pages_in_one = _simulated_shape(policy)
     tasks_a_chunk = _TASKS_A_CHUNK + _tasks_of_parts(policy.parts(costs.spec, Phase.PREFILL))
