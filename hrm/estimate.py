@@ -281,7 +281,7 @@ def _latency(stages: Sequence[StageEstimate], workload: Workload) -> Latency:
         prefill_s=[stage.prefill_s for stage in stages],
         num_stages=first.part.profile.num_stages,
         gpu_s_a_layer=prefill.lane_s[Lane.GPU] / last.part.spec.num_layers,
-        chunks=ceil(policy.batch_size * workload.prompt_len / policy.prefill_chunk_tokens),
+        chunks=int(workload.chunks(policy.batch_size, policy.prefill_chunk_tokens)),
         decode_s=max(stage.batches[0][1].seconds for stage in stages),
         decode_steps=workload.decode_steps,
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from hrm.closed_form import DecodeStep, Point, sampled_contexts, whole_prefill
-from hrm.costs import Costs
+from hrm.costs import ALONE, Costs, Stretch
 from hrm.lane_work import PhaseSeconds
 from hrm.policy import Policy
 from hrm.tasks import Lane, Phase
@@ -29,7 +29,7 @@ class PhaseWork:
     `host_memory_s` is what the host's memory needs to serve all of them, `cores_s` what those take that share
     cores, and `all_reduce_s` the part of the GPUs' time in which they exchange sums. `bound_s` is the longest
     of them all, and `in_order_s` what the schedule's order leaves at least: more where lanes work in turn.
-    Where the host's memory is the longest, tasks that use it take `stretch` times their seconds.
+    Tasks take longer by the `stretch`, where together they want more of the host's memory or cores than there is.
     """
 
     bound_s: float = 0.0
@@ -38,7 +38,7 @@ class PhaseWork:
     host_memory_s: float = 0.0
     cores_s: float = 0.0
     all_reduce_s: float = 0.0
-    stretch: float = 1.0
+    stretch: Stretch = ALONE
 
     @staticmethod
     def of(seconds: PhaseSeconds, *, in_order_s: float) -> "PhaseWork":
