@@ -42,7 +42,6 @@ class Runtime:
 
 
 EXECUTOR: Final = Runtime()
-_COMPUTING: Final = frozenset({Lane.GPU, Lane.CPU})
 
 
 class Stretch(NamedTuple):
@@ -54,7 +53,7 @@ class Stretch(NamedTuple):
     def of(self, act: Act) -> float:
         """That of an act's tasks; sums were timed among the tasks of other lanes."""
         at_memory = 1.0 if act.lane is Lane.GPU else self.at_memory
-        return at_memory * (self.on_cores if act.lane in _COMPUTING and not act.reduces else 1.0)
+        return at_memory * (self.on_cores if act.lane.computes and not act.reduces else 1.0)
 
 
 ALONE: Final = Stretch()

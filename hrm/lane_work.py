@@ -9,8 +9,7 @@ from hrm.costs import Costs, Stretch
 from hrm.numeric import Number, is_zero, maximum
 from hrm.tasks import Act, Lane
 
-_LINKS: Final = frozenset({Lane.H2D, Lane.D2H})
-_MOVING: Final = _LINKS | {Lane.STAGE}
+CHAIN: Final = len(Lane) + 1  # the place of the chain among `PhaseSeconds.terms`
 _NEARLY_NOTHING_S: Final = 1e-12
 
 
@@ -94,8 +93,8 @@ class LaneWork:
                 of_all, num_bytes, on_host = (sum(share * task[i] for share, task in tasks) for i in range(3))
             seconds[act] = count * of_all
             # Of what moves nothing there are no tasks: pages of weights that all stay, for one.
-            num_tasks = num_tasks + count * (num_bytes > 0 if act.lane in _MOVING else 1)
-            if act.lane in _LINKS:
+            num_tasks = num_tasks + count * (1 if act.lane.computes else num_bytes > 0)
+            if act.lane.is_link:
                 moved_bytes = moved_bytes + count * num_bytes
             if act.lane is not Lane.GPU and not is_zero(on_host):
                 host_bytes = host_bytes + count * on_host

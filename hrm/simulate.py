@@ -48,7 +48,7 @@ def in_order(
     steps: int = 0,
     micro_batches: int = 0,
 ) -> Order:
-    """The order of tasks, each with the positions of what it waits for; those with equal `alike` take equally long.
+    """The order of tasks, each with the positions of what it waits for in other lanes; if `alike`, they take as long.
 
     If it is asked for `steps` of so many `micro_batches` only, it ends with them: what comes later cannot delay them.
     """
@@ -62,9 +62,8 @@ def in_order(
     left = steps * micro_batches or -1
     for position, (task_id, waits_for) in enumerate(tasks):
         act = task_id.act
-        lane = number_of_lane[act.lane]
-        waits.append([other for other in waits_for if lanes[other] != lane])
-        lanes.append(lane)
+        waits.append(waits_for)
+        lanes.append(number_of_lane[act.lane])
         number = first_of.setdefault(alike(task_id), len(distinct))
         if number == len(distinct):
             distinct.append(task_id)

@@ -64,9 +64,7 @@ class PrefillHandlers(PhaseHandlers):
         streamed = [self.policy.streamed_bytes(spec, i, Phase.PREFILL) for i in range(spec.num_layers)]
         pages = PageHandlers(self.backend, self.memory.weights, self.pipeline, streamed, lambda: False)
         return {
-            prefill.STAGE_PAGE: pages.stage,
-            prefill.LOAD_PAGE: pages.load,
-            prefill.LOAD_PART: pages.load_part,
+            **pages.by_act(),
             prefill.PART_EXPERTS: self.part_experts,
             prefill.EMBED: self.embed,
             prefill.LOAD_HIDDEN: self.load_hidden,
