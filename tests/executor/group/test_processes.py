@@ -9,7 +9,7 @@ import torch
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from executor.group import Alone, share_of
-from executor.group.measure import seconds_a_task, sums_between
+from executor.group.measure import sums_between
 from executor.group.processes import ProcessGroup
 from executor.group.store import open_store
 from tests.executor.group.ranks import in_ranks
@@ -114,10 +114,6 @@ def test_shares_are_all_there_is_and_even(size):
         shares = [share_of(rank, size, count) for rank in range(size)]
         assert [index for share in shares for index in share] == list(range(count))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def test_tasks_are_timed_in_a_process_of_their_own():
-    assert all(0 < seconds < 1 for seconds in seconds_a_task(2))
 
 
 def test_sums_are_timed_between_processes_of_their_own():
