@@ -11,6 +11,7 @@ from hrm.search.solver import Found
 from hrm.search.space import Space
 
 MAX_SIMULATED: Final = 16
+PATIENCE: Final = 8  # candidates in a row that are no better than the best are simulated, and no more
 TIE: Final = 1e-3  # of policies that differ by no more, the one that takes less memory is chosen
 
 
@@ -76,7 +77,8 @@ class _Choosing:
 
     def best_of_all(self) -> None:
         """Simulate what may be best."""
-        while len(self.simulated) + len(self.slower) < MAX_SIMULATED:
+        in_vain = 0
+        while len(self.simulated) + len(self.slower) < MAX_SIMULATED and in_vain < PATIENCE:
             rates = [predicted.tokens_per_s for predicted in self.simulated.values()]
             fastest = max(rates, default=0.0)
             best = max(self.space.known_tokens_per_s, fastest) if rates else 0.0
@@ -91,7 +93,9 @@ class _Choosing:
             ):
                 self._solve(kind, best)
             elif first is not None:
-                self._simulate(first, fastest * (1 - TIE))
+                predicted = self._simulate(first, fastest * (1 - TIE))
+                is_better = predicted is not None and predicted.tokens_per_s > fastest * (1 + TIE)
+                in_vain = 0 if is_better else in_vain + 1
             else:
                 break
 

@@ -21,7 +21,7 @@ ROUNDS: Final = 2
 # Factors by which numbers of micro-batches (of as many requests), their sizes and chunks are changed.
 _NUMBERS: Final = (0.5, 0.75, 1.25, 1.5, 2.0)
 _SIZES: Final = (0.9, 0.95, 0.98, 1.02, 1.05, 1.1)
-_CHUNKS: Final = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0)
+_CHUNKS: Final = (0.12, 0.18, 0.25, 0.35, 0.5, 0.6, 0.7, 0.85, 1.2, 1.5, 2.0)
 _KV_SHARES: Final = (-0.05, 0.05)  # and by which so much more of the KV cache is on the GPU
 
 
