@@ -242,6 +242,7 @@ def test_hrm_profiles_finds_gpus_hosts_and_machines_by_name(hrm):
 # ------------------------------------------------------------------------------- the catalog
 
 
+@pytest.mark.usefixtures("coarse_searches")
 def test_every_machine_of_the_catalog_plans_a_model_if_it_can_hold_it():
     """The models take turns."""
     machines = [

@@ -32,7 +32,7 @@ from tests.hrm.published_configs import PUBLISHED
 from tests.hrm.small_configs import SMALL_JAMBA
 from tests.hrm.support import machine, tiny_spec
 
-pytestmark = pytest.mark.usefixtures("rough_bounds")
+pytestmark = pytest.mark.usefixtures("rough_bounds", "searches_kept")
 
 T4 = ["--model", "mixtral-8x7b", "--gpus", "1xT4"]
 LENGTHS = ["--prompt-len", "64", "--gen-len", "16", "--requests", "64"]
@@ -102,6 +102,7 @@ def flat(args: dict[str, str]) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("coarse_searches")
 def test_every_remedy_of_an_infeasible_search_makes_it_feasible(hrm):
     rng, tried = Random(18), Counter[str]()
     for _ in range(14):
