@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple, Protocol, Self, final
 import torch
 from torch import Tensor
 
-from executor.checkpoint_files import CONFIG_FILE, INDEX_FILE, index_file, indexed_files, read_object, unindexed_files
+from executor.checkpoint_files import INDEX_FILE, index_file, indexed_files, read_object, unindexed_files
 from executor.checkpoint_names import ACTIVATION_SCALES, AHEAD_SUFFIX, QUANTISED_NAMES, is_harmless, layer_number
 from executor.errors import CheckpointError
 from executor.formats import Cut, Packed, read_numbers
@@ -17,6 +17,7 @@ from executor.formats.schemes import SCHEMES, Scheme
 from executor.gguf_file import GgufFile
 from executor.safetensors_file import DOWNLOAD_AGAIN, DTYPES, FLOAT_DTYPES, SafetensorsFile, StoredTensor, TensorFile
 from hrm.formats import PackedFormat
+from hrm.hub import CONFIG_FILE
 from hrm.model_spec import BUILT_IN_MODELS, decoder_keys
 from hrm.model_spec.gguf import SUFFIX, read_header
 from hrm.model_spec.published_dtype import with_quantisation

@@ -8,7 +8,6 @@ from executor.errors import CheckpointError
 from executor.safetensors_file import DOWNLOAD_AGAIN
 from hrm.decoding import read_json_object
 
-CONFIG_FILE: Final = "config.json"
 INDEX_FILE: Final = "model.safetensors.index.json"
 SINGLE_FILE: Final = "model.safetensors"
 PICKLE_SUFFIXES: Final = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}

@@ -103,7 +103,7 @@ class Engine:
         What is there by now, modules for the most part, is kept out of garbage collection until
         the lanes end: going through it would stop all of them for a tenth of a second.
         """
-        for lane in (Lane.STAGE, Lane.D2H, Lane.H2D, Lane.GPU, Lane.CPU):
+        for lane in sorted(Lane, key=lambda lane: lane.computes):
             self._workers[lane] = LaneWorker(lane, self._enter_lane, self._streams.get(lane), self._queued_tasks)
         gc.collect(1)
         gc.freeze()

@@ -179,7 +179,7 @@ class Generator(AbstractGenerator):
 
         def load() -> tuple[HostArenas, RunMemory]:
             torch.set_num_threads(threads)
-            computing = [lane for lane in (Lane.GPU, Lane.CPU) if lane not in backend.streams]
+            computing = [lane for lane in Lane if lane.computes and lane not in backend.streams]
             settle_choices(arch.spec, getattr(torch, self.policy.dtype), map(backend.lane_threads, computing))
             alternative, batches = staged.policy if staged else None, self.num_stages
             host = HostArenas.allocate(backend, arch.spec, self.policy, alternative, batches=batches, loading=loading)

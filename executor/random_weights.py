@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from executor.formats import Cut, Packed, packed_in
+from executor.formats.codes import CODES
 from hrm.formats import packed_format
 
 _ONE_E4M3: Final = 0x38
-_INT8_DEVIATION: Final = 40.0
-_HALF_BYTES_DEVIATIONS: Final = {"int4": 4.6, "fp4": 2.9}  # where all 16 codes are as likely
 
 
 def random_packed(rows: int, width: int, name: str) -> Packed:
@@ -43,19 +42,19 @@ class RandomWeights:
         self._seed = seed
         self._pool = torch.randn(1_048_573, generator=torch.Generator().manual_seed(seed))
         self._scaled: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._codes: dict[str, tuple[Tensor, float]] = {}
+        self._codes: dict[str, Tensor] = {}
 
     def read_packed_into(self, name: str, out: Packed, first_row: int = 0, cut: Cut | None = None) -> None:
         """Fill `out` with codes that are as likely as each other, or of normal numbers; no scale is extreme."""
         form, cut = out.format, cut or Cut(out.shape)
         width, of_row = cut.width, cut.width * form.code_bits // 8
         start = crc32(f"{self._seed} {name} {first_row}".encode()) % (len(self._pool) // 2)
+        code = CODES[form.code]
         if form.code not in self._codes:
-            self._codes[form.code] = _codes_of(self._pool, form.code)
-        codes, deviation = self._codes[form.code]
+            self._codes[form.code] = code.random(self._pool)
         here = Cut((cut.shape[0], of_row), cut.row, cut.column * form.code_bits // 8)
-        _fill(out.codes, codes, start, here)
-        scale = width**-0.5 / deviation
+        _fill(out.codes, self._codes[form.code], start, here)
+        scale = width**-0.5 / code.deviation
         if form.scale == "e8m0":
             out.scales.fill_(127 + round(log2(scale)))
         elif form.scale == "e4m3":
@@ -65,7 +64,7 @@ class RandomWeights:
         if out.row_scales is not None:
             out.row_scales.fill_(scale)
         if out.zeros is not None:
-            out.zeros.fill_(8 if form.code == "int4" else 0)
+            out.zeros.fill_(code.centre)
         if out.order is not None:
             out.order.copy_(torch.arange(width) // form.columns)
 
@@ -88,15 +87,6 @@ class RandomWeights:
 
 
 _one_pool = cache(RandomWeights)
-
-
-def _codes_of(pool: Tensor, code: str) -> tuple[Tensor, float]:
-    """Bytes of codes, and the standard deviation of what they mean."""
-    if code == "fp8":
-        return pool.to(torch.float8_e4m3fn).view(torch.uint8), 1.0
-    if code == "int8":
-        return (_INT8_DEVIATION * pool).clamp(-127, 127).to(torch.int8).view(torch.uint8), _INT8_DEVIATION
-    return (pool.view(torch.int32) >> 4).to(torch.uint8), _HALF_BYTES_DEVIATIONS[code]
 
 
 def _fill(out: Tensor, pool: Tensor, start: int, cut: Cut) -> None:

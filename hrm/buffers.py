@@ -41,7 +41,7 @@ class Purpose(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Buffer:
+class Allocation:
     """Memory for one purpose at one level: `turns` of `size` bytes each."""
 
     purpose: Purpose
@@ -55,12 +55,12 @@ class Buffer:
         return self.turns * self.size
 
 
-def by_purpose(buffers: Iterable[Buffer]) -> dict[Purpose, Number]:
+def by_purpose(buffers: Iterable[Allocation]) -> dict[Purpose, Number]:
     """Bytes of the buffers of one level, each of which has a purpose of its own."""
     return {buffer.purpose: buffer.num_bytes for buffer in buffers}
 
 
-def bytes_by_purpose(buffers: Iterable[Buffer]) -> dict[Purpose, int]:
+def bytes_by_purpose(buffers: Iterable[Allocation]) -> dict[Purpose, int]:
     """The same where they are those of one policy."""
     return {purpose: int(num_bytes) for purpose, num_bytes in by_purpose(buffers).items()}
 
@@ -138,7 +138,7 @@ class Needs:
         """Requests that decode buffers have places for: whole micro-batches, where several batches share them."""
         return self.batch_size if self.batches == 1 else self.num_micro_batches * self.micro_batch_size
 
-    def on_gpu(self) -> tuple[Buffer, ...]:
+    def on_gpu(self) -> tuple[Allocation, ...]:
         """The buffers at the GPU's level."""
         spec = self.spec
         compute, weights = self.formats.compute, self.formats.weights
@@ -164,9 +164,9 @@ class Needs:
             (Purpose.WORKSPACE, 1, workspace + COUNT_BYTES * spec.num_layers * spec.experts.all_experts),
             (Purpose.LOGITS, 1, logits_bytes(spec, compute, self.micro_batch_size)),
         )
-        return tuple(Buffer(purpose, Device.GPU, turns, size) for purpose, turns, size in rows)
+        return tuple(Allocation(purpose, Device.GPU, turns, size) for purpose, turns, size in rows)
 
-    def on_host(self) -> tuple[Buffer, ...]:
+    def on_host(self) -> tuple[Allocation, ...]:
         """The buffers at the host's level.
 
         What the CPU needs of a layer for attention or experts lies there also where the layer is
@@ -194,7 +194,7 @@ class Needs:
             (Purpose.PREFILL_HIDDEN, self.num_micro_batches, self.kv_tokens * token),
             (Purpose.WORKSPACE, self.cpu_experts, workspace_bytes(spec, at_once, compute)),
         )
-        return tuple(Buffer(purpose, Device.CPU, turns, size) for purpose, turns, size in rows)
+        return tuple(Allocation(purpose, Device.CPU, turns, size) for purpose, turns, size in rows)
 
 
 def page_bytes(largest_streamed_bytes: Number, num_pages: Number) -> Number:

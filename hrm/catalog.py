@@ -15,7 +15,7 @@ from hrm.errors import ProfileError
 from hrm.files import is_file
 from hrm.hardware import GpuCard, HardwareProfile, Host
 
-Part = HardwareProfile | GpuCard | Host
+CatalogPart = HardwareProfile | GpuCard | Host
 
 KINDS: Final = ("gpus", "hosts", "machines")  # folders of the catalog, in the order of a search
 
@@ -36,7 +36,7 @@ _ALIASES: Final = {
 }
 
 # Keys by which a file tells what it describes: no other kind has them.
-_KEYS_OF_KIND: Final[dict[type[Part], set[str]]] = {
+_KEYS_OF_KIND: Final[dict[type[CatalogPart], set[str]]] = {
     HardwareProfile: {"levels", "accelerator", "links"},
     GpuCard: {"h2d", "d2h", "peer", "default_host"},
     Host: {"staging", "root_port_bytes_per_s", "max_gpus"},
@@ -101,7 +101,7 @@ def spelled(name: str) -> str:
     return "".join([word for word in words if word not in _BRANDS] or words)
 
 
-def kind_of(plain: object) -> type[Part] | None:
+def kind_of(plain: object) -> type[CatalogPart] | None:
     """What a file describes, by its keys; None if it has none that tells."""
     if not isinstance(plain, dict):
         return None
@@ -109,7 +109,7 @@ def kind_of(plain: object) -> type[Part] | None:
     return next((kind for kind, own in _KEYS_OF_KIND.items() if keys & own), None)
 
 
-def kind_words(kind: type[Part]) -> str:
+def kind_words(kind: type[CatalogPart]) -> str:
     """What a file of that kind is, and the option that takes it."""
     if kind is HardwareProfile:
         return "a whole machine, which goes with --profile"

@@ -8,13 +8,13 @@ whatif` does the same with searches and simulations, so that report and what-if 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import cache
-from typing import Final, NamedTuple
+from functools import cache, cached_property
+from typing import Final
 
 from hrm.costs import Costs
-from hrm.phase_work import HOST_MEMORY, PhaseWork, Turn, job_work
+from hrm.phase_work import HOST_MEMORY, PhaseWork, Turn, phase_work
 from hrm.scaling import Resource, at_cost, resources
-from hrm.tasks import Lane
+from hrm.tasks import Lane, Phase
 from hrm.workload import Workload
 
 NEARLY_EQUAL: Final = 0.01  # of a phase's time: savings that differ by less are told apart no more
@@ -109,41 +109,57 @@ class Limit:
     waiting_s: float
 
 
-class Limits(NamedTuple):
-    """What limits each phase of a job, and both together."""
+@dataclass(frozen=True, eq=False)
+class Limits:
+    """What limits each phase of a job, and both together, worked out from such phases when it is first asked for."""
 
-    prefill: Limit
-    decode: Limit
-    job: Limit
+    of_phases: Callable[[tuple[Phase, ...]], Limit]
+
+    @cached_property
+    def prefill(self) -> Limit:
+        """What limits prefill."""
+        return self.of_phases((Phase.PREFILL,))
+
+    @cached_property
+    def decode(self) -> Limit:
+        """What limits decode."""
+        return self.of_phases((Phase.DECODE,))
+
+    @cached_property
+    def job(self) -> Limit:
+        """What limits both phases together."""
+        return self.of_phases((Phase.PREFILL, Phase.DECODE))
 
 
 def limits_of(
-    costs: Costs, turns: Sequence[Turn], workload: Workload, *, seconds_of: Callable[[Costs], tuple[float, float]]
+    costs: Costs, turns: Sequence[Turn], workload: Workload, *, seconds_of: Callable[[Costs, Phase], float]
 ) -> Limits:
     """What limits a job; `seconds_of` are those of its phases, as they are predicted.
 
     What each cause would save is found in closed form. Where it is not clear which would save most,
     those that may are predicted, which takes longer.
     """
-    cheaper = _at_costs(costs, 0.5)
 
     @cache
-    def predicted(cause: Cause | None) -> tuple[float, float, float]:
-        prefill_s, decode_s = seconds_of(costs if cause is None else cheaper[cause])
-        return prefill_s, decode_s, prefill_s + decode_s
+    def of_causes() -> dict[Cause, Costs]:
+        return _at_costs(costs, 0.5)
 
-    def closed(costs: Costs) -> tuple[PhaseWork, PhaseWork, PhaseWork]:
-        job = job_work(costs, turns, workload)
-        return job.prefill, job.decode, PhaseWork.total((1.0, phase) for phase in job)
+    @cache
+    def closed(cause: Cause | None, phase: Phase) -> PhaseWork:
+        return phase_work(phase, costs if cause is None else of_causes()[cause], turns, workload)
 
-    now = closed(costs)
-    halved = {cause: closed(each) for cause, each in cheaper.items()}
+    @cache
+    def predicted_s(cause: Cause | None, phase: Phase) -> float:
+        return seconds_of(costs if cause is None else of_causes()[cause], phase)
 
-    def limit(phase: int) -> Limit:
-        of_phase = {cause: phases[phase] for cause, phases in halved.items()}
-        return _limit(now[phase], of_phase, lambda cause: predicted(cause)[phase])
+    def limit(phases: tuple[Phase, ...]) -> Limit:
+        def work(cause: Cause | None) -> PhaseWork:
+            return PhaseWork.total((1.0, closed(cause, phase)) for phase in phases)
 
-    return Limits(limit(0), limit(1), limit(2))
+        halved = {cause: work(cause) for cause in of_causes()}
+        return _limit(work(None), halved, lambda cause: sum(predicted_s(cause, phase) for phase in phases))
+
+    return Limits(limit)
 
 
 Spent = dict[str, dict[Cause, float]]
@@ -155,21 +171,22 @@ def spent_of(costs: Costs, turns: Sequence[Turn], workload: Workload) -> tuple[S
     They grow in proportion to all costs together, so that the parts add up: a cause's is how fast
     they grow with its own.
     """
-    now = job_work(costs, turns, workload)
-    less = {cause: job_work(each, turns, workload) for cause, each in _at_costs(costs, 1 - _SLIGHTLY).items()}
+    at_less = _at_costs(costs, 1 - _SLIGHTLY)
 
-    def spent(phase: int) -> Spent:
+    def spent(phase: Phase) -> Spent:
+        now = phase_work(phase, costs, turns, workload)
+        less = {cause: phase_work(phase, each, turns, workload) for cause, each in at_less.items()}
         return {
             name: {
                 _named(cause, name): part
-                for cause, jobs in less.items()
-                if (part := (of_lane - jobs[phase].busy_s[name]) / _SLIGHTLY) > _NEARLY_NOTHING * of_lane
+                for cause, work in less.items()
+                if (part := (of_lane - work.busy_s[name]) / _SLIGHTLY) > _NEARLY_NOTHING * of_lane
             }
-            for name, of_lane in now[phase].busy_s.items()
+            for name, of_lane in now.busy_s.items()
             if of_lane > 0
         }
 
-    return spent(0), spent(1)
+    return spent(Phase.PREFILL), spent(Phase.DECODE)
 
 
 def _at_costs(costs: Costs, factor: float) -> dict[Cause, Costs]:

@@ -64,10 +64,10 @@ class Point:
     def chunks(self, workload: Workload) -> tuple[Number, Number]:
         """How many chunks a batch is prefilled in, and their tokens."""
         tokens = self.batch_size * workload.prompt_len
-        chunk = minimum(self.chunk_tokens, tokens)
         if self.parts_of_chunks:
+            chunk = minimum(self.chunk_tokens, tokens)
             return tokens / chunk, chunk
-        count = -(-tokens // chunk)
+        count = workload.chunks(self.batch_size, self.chunk_tokens)
         return count, tokens / count
 
     @staticmethod

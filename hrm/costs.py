@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from hrm import operators
 from hrm.acts import Load
@@ -42,6 +42,21 @@ class Runtime:
 
 
 EXECUTOR: Final = Runtime()
+
+
+class Stretch(NamedTuple):
+    """How many times their seconds tasks take because of others: at the host's memory, on cores that lanes share."""
+
+    at_memory: float = 1.0
+    on_cores: float = 1.0
+
+    def of(self, act: Act) -> float:
+        """That of an act's tasks; sums were timed among the tasks of other lanes."""
+        at_memory = 1.0 if act.lane is Lane.GPU else self.at_memory
+        return at_memory * (self.on_cores if act.lane.computes and not act.reduces else 1.0)
+
+
+ALONE: Final = Stretch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,18 +235,26 @@ class Costs:
         accesses = self.profile.host_accesses_a_transferred_byte * moved_bytes + read_bytes
         return accesses / self.profile.host.together_bytes_per_s
 
-    def sharing_cores(self, num_tasks: Number, *, gpu_s: Number, cpu_s: Number) -> Number | None:
-        """Seconds that lanes which are threads of one process take at least together, as they share its cores.
+    @property
+    def hand_over_s(self) -> float:
+        """Seconds until the thread of a lane knows what that of another has done; 0 where it was not measured.
 
-        They run so many tasks, of which those of the GPU's and the CPU's lane compute for so long. None where it was
-        not measured.
+        That is a part of running a task, and on a core that all lanes share nearly all of it.
         """
         shared = self.profile.lane_threads
-        if shared is None:
-            return None
-        running_s = num_tasks * shared.task_s.value
-        computing_s = gpu_s * self.profile.top.processor.cores + cpu_s * self.profile.host.processor.cores
-        return (running_s + computing_s) / shared.cores
+        return 0.0 if shared is None else shared.task_s.value
+
+    def running(self, num_tasks: Number) -> Number | None:
+        """Seconds of all cores that lanes share in which so many tasks are run; None where it was not measured."""
+        shared = self.profile.lane_threads
+        return None if shared is None else num_tasks * shared.task_s.value / shared.cores
+
+    def computing(self, *, gpu_s: Number, cpu_s: Number) -> Number:
+        """Seconds of all cores that lanes share in which the GPU's and the CPU's lane compute for so long."""
+        shared = self.profile.lane_threads
+        assert shared is not None
+        gpu, cpu = self.profile.top.processor.cores, self.profile.host.processor.cores
+        return (gpu_s * gpu + cpu_s * cpu) / shared.cores
 
     def _on(self, device: Device, operator: Operator) -> Number:
         seconds = self._seconds(operator, self.level(device))
@@ -265,8 +288,7 @@ class TaskWork:
     context; in prefill, `tokens` is prompt tokens in a chunk and `context` the mean prompt length.
     Where a layer of the work stands for several of the policy's, `mean_residents` are its resident
     experts and `layer_mixes` the shares of the kinds that it stands for; if they are empty, layers
-    are the policy's own. Tasks that use the host's memory take `stretch` times their seconds, where
-    together they want more of it than it gives.
+    are the policy's own. Tasks take longer by the `stretch`, where together they want more than there is.
     """
 
     costs: Costs
@@ -277,7 +299,7 @@ class TaskWork:
     requests_per_chunk: float = 0.0
     mean_residents: tuple[float, ...] = ()
     layer_mixes: tuple[LayerMix, ...] = ()
-    stretch: float = 1.0
+    stretch: Stretch = ALONE
 
     @property
     def resident_experts(self) -> tuple[float, ...]:
@@ -350,7 +372,7 @@ class TaskWork:
             if act not in of_layer:
                 num_bytes = _moved_bytes(act, loads)
                 whole = sum(share * of_kind(act, load, num_bytes) for share, load in loads)
-                of_layer[act] = whole if act.lane is Lane.GPU else whole * self.stretch
+                of_layer[act] = whole * self.stretch.of(act)
             return of_layer[act]
 
         return seconds

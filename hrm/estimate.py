@@ -15,7 +15,7 @@ from hrm.parallel import Part, Share, shares_for
 from hrm.phase_work import PhaseWork, Turn, decode_steps, prefill_phase
 from hrm.phases import prefill_seconds, steps_seconds
 from hrm.policy import PaperTuple, Parallelism, Policy
-from hrm.tasks import Lane
+from hrm.tasks import Lane, Phase
 from hrm.workload import Workload
 
 
@@ -51,7 +51,8 @@ class StageEstimate:
     @cached_property
     def phases(self) -> tuple[PhaseEstimate, PhaseEstimate]:
         """Prefill and decode of the job."""
-        return _total(self.turns, self.batches)
+        prefill, decode = zip(*self.batches, strict=True)
+        return _total(self.turns, prefill), _total(self.turns, decode)
 
     @property
     def prefill_s(self) -> float:
@@ -67,10 +68,8 @@ class StageEstimate:
     def limits(self, workload: Workload, runtime: Runtime) -> Limits:
         """What limits it, whatever the other stages do."""
 
-        def seconds_of(costs: Costs) -> tuple[float, float]:
-            batches = [_batch(costs, turn.policy, workload) for turn in self.turns]
-            prefill, decode = _total(self.turns, batches)
-            return prefill.seconds, decode.seconds
+        def seconds_of(costs: Costs, phase: Phase) -> float:
+            return _of_job(phase, costs, self.turns, workload).seconds
 
         costs = Costs(*self.part, self.policy.formats, runtime)
         return limits_of(costs, self.turns, workload, seconds_of=seconds_of)
@@ -137,24 +136,26 @@ class Estimate:
         """What limits each phase, and the job; worked out when it is first asked for."""
         if self.stages:
             return self._limits_of_stages()
+        own = {Phase.PREFILL: self.prefill.seconds, Phase.DECODE: self.decode.seconds}
 
-        def seconds_of(costs: Costs) -> tuple[float, float]:
-            predicted = self if costs == self.costs else self.changed(costs)
-            return predicted.prefill.seconds, predicted.decode.seconds
+        def seconds_of(costs: Costs, phase: Phase) -> float:
+            return own[phase] if costs == self.costs else _of_job(phase, costs, self.turns, self.workload).seconds
 
         return limits_of(self.costs, self.turns, self.workload, seconds_of=seconds_of)
 
     def _limits_of_stages(self) -> Limits:
         """What limits the stage that is slowest in prefill, that in decode, and that in all."""
-        slowest = _slowest_in_phases(self.stages)
-        limits = {stage.gpu: stage.limits(self.workload, self.runtime) for stage in (*slowest, _slowest(self.stages))}
-        prefill, decode = (limits[stage.gpu][phase] for phase, stage in enumerate(slowest))
-        return Limits(prefill, decode, limits[_slowest(self.stages).gpu].job)
+        in_prefill, in_decode = _slowest_in_phases(self.stages)
+        slowest: dict[tuple[Phase, ...], StageEstimate] = {
+            (Phase.PREFILL,): in_prefill,
+            (Phase.DECODE,): in_decode,
+            (Phase.PREFILL, Phase.DECODE): _slowest(self.stages),
+        }
+        return Limits(lambda phases: slowest[phases].limits(self.workload, self.runtime).of_phases(phases))
 
     def changed(self, costs: Costs) -> "Estimate":
         """The same job under the same policy where tasks of its part cost something else; other stages are left out."""
-        batches = [_batch(costs, turn.policy, self.workload) for turn in self.turns]
-        prefill, decode = _total(self.turns, batches)
+        prefill, decode = (_of_job(phase, costs, self.turns, self.workload) for phase in (Phase.PREFILL, Phase.DECODE))
         part = Part(costs.spec, costs.profile)
         return replace(self, part=part, stages=(), runtime=costs.runtime, prefill=prefill, decode=decode)
 
@@ -280,7 +281,7 @@ def _latency(stages: Sequence[StageEstimate], workload: Workload) -> Latency:
         prefill_s=[stage.prefill_s for stage in stages],
         num_stages=first.part.profile.num_stages,
         gpu_s_a_layer=prefill.lane_s[Lane.GPU] / last.part.spec.num_layers,
-        chunks=ceil(policy.batch_size * workload.prompt_len / policy.prefill_chunk_tokens),
+        chunks=int(workload.chunks(policy.batch_size, policy.prefill_chunk_tokens)),
         decode_s=max(stage.batches[0][1].seconds for stage in stages),
         decode_steps=workload.decode_steps,
     )
@@ -299,12 +300,6 @@ def _turns(policy: Policy, requests: int, num_stages: int) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _batch(costs: Costs, policy: Policy, workload: Workload) -> tuple[PhaseEstimate, PhaseEstimate]:
-    """Both phases of one batch."""
-    prefill = _prefill(costs, policy, workload, prefill_phase(costs, policy, workload))
-    return prefill, _decode(costs, policy, workload)
-
-
 def _prefill(costs: Costs, policy: Policy, workload: Workload, work: PhaseWork) -> PhaseEstimate:
     """Prefill of one batch, of which that is the work."""
     simulated_s = prefill_seconds(costs, policy, workload, stretch=work.stretch)
@@ -321,16 +316,18 @@ def _decode(costs: Costs, policy: Policy, workload: Workload) -> PhaseEstimate:
     return PhaseEstimate(seconds=seconds, work=PhaseWork.total((step.steps, step.work) for step in steps))
 
 
-def _total(
-    turns: Sequence[Turn], batches: Sequence[tuple[PhaseEstimate, PhaseEstimate]]
-) -> tuple[PhaseEstimate, PhaseEstimate]:
-    """Both phases of a job whose turns have these batches."""
+def _of_job(phase: Phase, costs: Costs, turns: Sequence[Turn], workload: Workload) -> PhaseEstimate:
+    """A phase of a job that has these turns."""
+    if phase is Phase.DECODE:
+        return _total(turns, [_decode(costs, turn.policy, workload) for turn in turns])
+    works = [(turn.policy, prefill_phase(costs, turn.policy, workload)) for turn in turns]
+    return _total(turns, [_prefill(costs, policy, workload, work) for policy, work in works])
 
-    def over(phases: Sequence[PhaseEstimate]) -> PhaseEstimate:
-        times = [turn.times for turn in turns]
-        return PhaseEstimate(
-            seconds=sum(count * phase.seconds for count, phase in zip(times, phases, strict=True)),
-            work=PhaseWork.total((count, phase.work) for count, phase in zip(times, phases, strict=True)),
-        )
 
-    return over([prefill for prefill, _ in batches]), over([decode for _, decode in batches])
+def _total(turns: Sequence[Turn], phases: Sequence[PhaseEstimate]) -> PhaseEstimate:
+    """A phase of a job whose turns take that for it."""
+    of_turns = [(turn.times, phase) for turn, phase in zip(turns, phases, strict=True)]
+    return PhaseEstimate(
+        seconds=sum(times * phase.seconds for times, phase in of_turns),
+        work=PhaseWork.total((times, phase.work) for times, phase in of_turns),
+    )

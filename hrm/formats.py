@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
-from typing import Any, Final, NamedTuple, overload
+from typing import Final, NamedTuple, overload
 
 from hrm.numeric import Number
 
@@ -67,40 +67,51 @@ FORMATS: Final[Mapping[str, Format]] = {
 class KvFormat:
     """How a token lies in a KV cache: in plain numbers, or in codes of a byte that a head has a scale for.
 
-    With `scale_bytes` a token's row has the codes of all its parts, one part after the other, and then
-    a scale for each part; both are filled up to ALIGNMENT_BYTES, so that rows are read in whole vectors.
-    A part is what one head has of keys or values. Scales are bfloat16: it has the range of float32, and
-    as codes are made with the scale that is stored, its few digits cost next to nothing.
+    `codes` is the dtype that they have in torch. With it a token's row has the codes of all its parts, one part after
+    the other, and from `scales_at` on a scale for each part; both are filled up to ALIGNMENT_BYTES, so that rows are
+    read in whole vectors. A part is what one head has of keys or values. Scales are bfloat16: it has the range of
+    float32, and as codes are made with the scale that is stored, its few digits cost next to nothing.
     """
 
     name: str
-    element_bytes: float
-    scale_bytes: int = 0
+    element_bytes: int
+    codes: str = ""
 
     @property
     def is_scaled(self) -> bool:
         """Whether numbers are codes that need their scale."""
-        return self.scale_bytes > 0
+        return bool(self.codes)
 
     def row_bytes(self, parts: Sequence[int]) -> int:
         """Bytes of a token's row, whose parts have so many elements."""
-        elements: Any = self.element_bytes * sum(parts)
-        return aligned(elements) + aligned(self.scale_bytes * len(parts)) if self.is_scaled else elements
+        if self.is_scaled:
+            return scales_at(parts) + aligned(_DTYPE_BYTES[KV_SCALES] * len(parts))
+        return self.element_bytes * sum(parts)
 
 
-SCALED_KV_FORMATS: Final[Mapping[str, KvFormat]] = {name: KvFormat(name, 1, scale_bytes=2) for name in ("fp8", "int8")}
+KV_SCALES: Final = "bfloat16"
+
+
+def scales_at(parts: Sequence[int]) -> int:
+    """The byte at which a row's scales begin, whose parts have so many codes."""
+    return aligned(sum(parts))
+
+
+SCALED_KV_FORMATS: Final[Mapping[str, KvFormat]] = {
+    row.name: row for row in (KvFormat("fp8", 1, codes="float8_e4m3fn"), KvFormat("int8", 1, codes="int8"))
+}
 
 
 def kv_format(name: str) -> KvFormat | None:
     """The format of a KV cache by that name; None if there is none.
 
-    It may be any of FORMATS, `fp8` (e4m3) or `int8`.
+    It may be any of FORMATS or of SCALED_KV_FORMATS.
     """
     plain = FORMATS.get(name)
-    return SCALED_KV_FORMATS.get(name) if plain is None else KvFormat(name, plain.element_bytes)
+    return SCALED_KV_FORMATS.get(name) if plain is None else KvFormat(name, int(plain.element_bytes))
 
 
-class Part(NamedTuple):
+class PackedPart(NamedTuple):
     """A part of a packed matrix, by the names that dtypes have in torch."""
 
     name: str
@@ -117,7 +128,7 @@ _DTYPE_BYTES: Final = {"uint8": 1, "int8": 1, "int32": 4, "float32": 4, "bfloat1
 _CODE_BITS: Final = {"fp8": 8, "int8": 8, "int4": 4, "fp4": 4}
 _SCALES: Final = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "e8m0": "uint8", "e4m3": "uint8"}
 _NAME: Final = re.compile(
-    r"(?P<code>fp8|int8|int4|fp4)(-b(?P<block>\d+))?(-g(?P<group>\d+))?(-(?P<scale>f32|bf16|f16|e8m0|e4m3))?"
+    rf"(?P<code>{'|'.join(_CODE_BITS)})(-b(?P<block>\d+))?(-g(?P<group>\d+))?(-(?P<scale>{'|'.join(_SCALES)}))?"
     r"(?P<zeros>-z)?(?P<row_scales>-r)?(?P<ordered>-o)?"
 )
 # The short names under which people know some of them.
@@ -172,20 +183,20 @@ class PackedFormat:
         whole = all(part % self.rows == 0 for part in parts[:-1])
         return len(shape) == 2 and shape[1] * self.code_bits % 8 == 0 and whole
 
-    def parts(self, num_rows: int, width: int) -> tuple[Part, ...]:
+    def parts(self, num_rows: int, width: int) -> tuple[PackedPart, ...]:
         """The parts of a matrix in the order in which they lie in memory, each aligned."""
         groups = self.groups(width)
         shape = -(-num_rows // self.rows), groups
         parts = [
-            Part("codes", "uint8", (num_rows, width * self.code_bits // 8)),
-            Part("scales", _SCALES[self.scale], shape),
+            PackedPart("codes", "uint8", (num_rows, width * self.code_bits // 8)),
+            PackedPart("scales", _SCALES[self.scale], shape),
         ]
         if self.zeros:
-            parts.append(Part("zeros", "uint8", shape))
+            parts.append(PackedPart("zeros", "uint8", shape))
         if self.row_scales:
-            parts.append(Part("row_scales", "float32", (num_rows, 1)))
+            parts.append(PackedPart("row_scales", "float32", (num_rows, 1)))
         if self.ordered:
-            parts.append(Part("order", "int32", (1, width)))
+            parts.append(PackedPart("order", "int32", (1, width)))
         return tuple(parts)
 
     @cache  # noqa: B019 - there are few formats, and they stay
@@ -237,6 +248,10 @@ class Formats:
     weights: Format
     kv_cache: KvFormat
     compute: Format
+
+    def numbers_bytes(self, parts: Sequence[int]) -> int:
+        """Bytes of a token's cached parts as numbers: as they lie in the cache, or as its codes mean them."""
+        return self.compute.bytes_of(sum(parts)) if self.kv_cache.is_scaled else self.kv_cache.row_bytes(parts)
 
     @staticmethod
     def of(dtype: str) -> "Formats":

@@ -5,19 +5,19 @@ from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 from hrm.acts import Counts, Load
-from hrm.costs import Costs
+from hrm.costs import Costs, Stretch
 from hrm.numeric import Number, is_zero, maximum
 from hrm.tasks import Act, Lane
 
-_LINKS: Final = frozenset({Lane.H2D, Lane.D2H})
-_MOVING: Final = _LINKS | {Lane.STAGE}
+CHAIN: Final = len(Lane) + 1  # the place of the chain among `PhaseSeconds.terms`
+_NEARLY_NOTHING_S: Final = 1e-12
 
 
 class PhaseSeconds(NamedTuple):
     """Seconds of a decode step or of prefill: of the tasks of each act, of each lane, of the host's memory, as a chain.
 
     A micro-batch or chunk goes through a chain of tasks in every layer, and only so many are under way at once.
-    `cores_s` is what lanes take that share cores, if it is known.
+    `cores_s` is what lanes take that share cores, if it is known, and `running_s` the part of it that is running tasks.
     """
 
     acts: dict[Act, Number]
@@ -25,6 +25,7 @@ class PhaseSeconds(NamedTuple):
     host_memory_s: Number
     chain_s: Number
     cores_s: Number | None = None
+    running_s: Number = 0.0
 
     @property
     def terms(self) -> tuple[Number, ...]:
@@ -37,7 +38,18 @@ class PhaseSeconds(NamedTuple):
         return () if self.cores_s is None else (self.cores_s,)
 
     @property
-    def stretch(self) -> float:
+    def stretch(self) -> Stretch:
+        """How much longer tasks take because of others.
+
+        On cores that lanes share tasks have what running all of them leaves, of as long as the phase takes at least.
+        """
+        if self.cores_s is None:
+            return Stretch(self._at_memory)
+        left = 1 - float(self.running_s / max(*self.terms, self.cores_s, _NEARLY_NOTHING_S))
+        return Stretch(self._at_memory, 1 / left if left > 0 else 1.0)
+
+    @property
+    def _at_memory(self) -> float:
         """How much longer work on the host's memory takes because all of it wants more than there is.
 
         Only as far as the memory is what limits the phase: until then, work can give way in turn.
@@ -81,8 +93,8 @@ class LaneWork:
                 of_all, num_bytes, on_host = (sum(share * task[i] for share, task in tasks) for i in range(3))
             seconds[act] = count * of_all
             # Of what moves nothing there are no tasks: pages of weights that all stay, for one.
-            num_tasks = num_tasks + count * (num_bytes > 0 if act.lane in _MOVING else 1)
-            if act.lane in _LINKS:
+            num_tasks = num_tasks + count * (1 if act.lane.computes else num_bytes > 0)
+            if act.lane.is_link:
                 moved_bytes = moved_bytes + count * num_bytes
             if act.lane is not Lane.GPU and not is_zero(on_host):
                 host_bytes = host_bytes + count * on_host
@@ -105,8 +117,12 @@ class LaneWork:
             lanes[act.lane] = lanes[act.lane] + seconds
         chain_s = sum(seconds for act, seconds in self.seconds.items() if act.chained) / under_way
         waiting_s = sum(seconds for act, seconds in self.seconds.items() if act.reduces)
-        cores_s = costs.sharing_cores(self.num_tasks, gpu_s=lanes[Lane.GPU] - waiting_s, cpu_s=lanes[Lane.CPU])
-        return PhaseSeconds(self.seconds, lanes, host_memory_s, chain_s, cores_s)
+        seconds = PhaseSeconds(self.seconds, lanes, host_memory_s, chain_s)
+        running_s = costs.running(self.num_tasks)
+        if running_s is None:
+            return seconds
+        computing_s = costs.computing(gpu_s=lanes[Lane.GPU] - waiting_s, cpu_s=lanes[Lane.CPU])
+        return seconds._replace(cores_s=running_s + computing_s, running_s=running_s)
 
 
 def _task(act: Act, load: Load) -> tuple[Number, Number, Number]:

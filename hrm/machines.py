@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
-from hrm.catalog import Part, find_file, is_path, kind_of, kind_words
+from hrm.catalog import CatalogPart, find_file, is_path, kind_of, kind_words
 from hrm.decoding import read_yaml
 from hrm.errors import ProfileError
 from hrm.files import is_file, write_whole
@@ -55,7 +55,7 @@ def load_host(name: str) -> Host:
     return _load("--host", "hosts", name, Host)
 
 
-def load_any(name: str) -> Part:
+def load_any(name: str) -> CatalogPart:
     """A GPU, host or machine of the catalog by its name, or what a YAML file holds; ProfileError if there is none."""
     path = Path(name) if is_path(name) else find_file("hrm profiles", name)
     plain = _parse(path)
@@ -290,7 +290,7 @@ def reserve_if_resized(level: MemoryLevel) -> float:
     return math.inf if given else level.reserve_bytes.value
 
 
-def save_profile(path: str | Path, profile: Part) -> None:
+def save_profile(path: str | Path, profile: CatalogPart) -> None:
     """Write a readable YAML file that loads to an equal profile; all of it or nothing.
 
     Raises ProfileError if the file cannot be written, see `write_whole`.

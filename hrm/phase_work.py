@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from hrm.closed_form import DecodeStep, Point, sampled_contexts, whole_prefill
-from hrm.costs import Costs
+from hrm.costs import ALONE, Costs, Stretch
 from hrm.lane_work import PhaseSeconds
 from hrm.policy import Policy
-from hrm.tasks import Lane
+from hrm.tasks import Lane, Phase
 from hrm.workload import Workload
 
 HOST_MEMORY: Final = "host memory"
@@ -29,7 +29,7 @@ class PhaseWork:
     `host_memory_s` is what the host's memory needs to serve all of them, `cores_s` what those take that share
     cores, and `all_reduce_s` the part of the GPUs' time in which they exchange sums. `bound_s` is the longest
     of them all, and `in_order_s` what the schedule's order leaves at least: more where lanes work in turn.
-    Where the host's memory is the longest, tasks that use it take `stretch` times their seconds.
+    Tasks take longer by the `stretch`, where together they want more of the host's memory or cores than there is.
     """
 
     bound_s: float = 0.0
@@ -38,7 +38,7 @@ class PhaseWork:
     host_memory_s: float = 0.0
     cores_s: float = 0.0
     all_reduce_s: float = 0.0
-    stretch: float = 1.0
+    stretch: Stretch = ALONE
 
     @staticmethod
     def of(seconds: PhaseSeconds, *, in_order_s: float) -> "PhaseWork":
@@ -87,7 +87,7 @@ def prefill_phase(costs: Costs, policy: Policy, workload: Workload) -> PhaseWork
     return PhaseWork.of(seconds, in_order_s=float(max(*seconds.terms, *seconds.shared_cores)))
 
 
-class StepWork(NamedTuple):
+class StepsAlike(NamedTuple):
     """The work of one decode step at a mean context, which stands for so many steps."""
 
     context: float
@@ -95,33 +95,30 @@ class StepWork(NamedTuple):
     work: PhaseWork
 
 
-def decode_steps(costs: Costs, policy: Policy, workload: Workload) -> list[StepWork]:
+def decode_steps(costs: Costs, policy: Policy, workload: Workload) -> list[StepsAlike]:
     """The work of the decode steps of one batch."""
     if not workload.decode_steps:
         return []
     point = Point.of_policy(policy, costs.spec)
     step = DecodeStep.of_point(costs, point, policy.schedule, workload.active_share)
-    found: list[StepWork] = []
+    found: list[StepsAlike] = []
     for context, steps in sampled_contexts(costs.spec, workload).items():
         seconds = step.seconds(context)
         work = PhaseWork.of(seconds, in_order_s=float(max(step.in_order(seconds))))
-        found.append(StepWork(context, steps, work))
+        found.append(StepsAlike(context, steps, work))
     return found
 
 
-class JobWork(NamedTuple):
-    """The work of both phases of a job."""
-
-    prefill: PhaseWork
-    decode: PhaseWork
-
-
-def job_work(costs: Costs, turns: Sequence[Turn], workload: Workload) -> JobWork:
-    """The work of all batches of a job."""
-    decode = [
+def phase_work(phase: Phase, costs: Costs, turns: Sequence[Turn], workload: Workload) -> PhaseWork:
+    """The work of a phase in all batches of a job."""
+    if phase is Phase.PREFILL:
+        return PhaseWork.total((count, prefill_phase(costs, policy, workload)) for policy, count in turns)
+    return PhaseWork.total(
         (count * steps, work) for policy, count in turns for _, steps, work in decode_steps(costs, policy, workload)
-    ]
-    return JobWork(
-        PhaseWork.total((count, prefill_phase(costs, policy, workload)) for policy, count in turns),
-        PhaseWork.total(decode),
     )
+
+
+def job_work(costs: Costs, turns: Sequence[Turn], workload: Workload) -> tuple[PhaseWork, PhaseWork]:
+    """The work of both phases."""
+    prefill, decode = (phase_work(phase, costs, turns, workload) for phase in (Phase.PREFILL, Phase.DECODE))
+    return prefill, decode

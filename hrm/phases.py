@@ -9,7 +9,7 @@ from operator import itemgetter
 from typing import Final
 
 from hrm.closed_form import DecodeStep, Point, whole_prefill
-from hrm.costs import Costs, LayerMix, TaskWork
+from hrm.costs import ALONE, Costs, LayerMix, Stretch, TaskWork
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import Pipeline, decode_pipeline, iter_positions, iter_tasks, prefill_pipeline
 from hrm.simulate import Order, end_times, in_order, simulate
@@ -27,7 +27,7 @@ _TASKS_A_CHUNK: Final = 6  # of prefill, in each layer
 STEADY_STEPS: Final = 3
 _ACT_AND_LAYER: Final = itemgetter(0, 1)  # of a task: those that share both take equally long
 # By layers and stretch of a work: seconds of its distinct tasks, by their number, which hold in any context.
-_Known = dict[tuple[int, float], dict[int, float]]
+_Known = dict[tuple[int, Stretch], dict[int, float]]
 
 
 def decode_work(
@@ -38,7 +38,7 @@ def decode_work(
     num_steps: int,
     tokens: float | None = None,
     shape: Policy | None = None,
-    stretch: float | None = None,
+    stretch: Stretch | None = None,
 ) -> TaskWork:
     """Bytes and seconds of the tasks of `num_steps` decode steps at a mean context.
 
@@ -68,7 +68,7 @@ def prefill_work(
     *,
     shape: Policy | None = None,
     max_chunks: float = inf,
-    stretch: float | None = None,
+    stretch: Stretch | None = None,
 ) -> TaskWork:
     """Bytes and seconds of the tasks of one batch's prefill.
 
@@ -76,7 +76,7 @@ def prefill_work(
     is of as many tokens as if there were all of them. `stretch` is worked out unless it is known.
     """
     tokens = policy.batch_size * workload.prompt_len
-    num_chunks = ceil(tokens / policy.prefill_chunk_tokens)
+    num_chunks = int(workload.chunks(policy.batch_size, policy.prefill_chunk_tokens))
     if stretch is None:
         stretch = whole_prefill(costs, Point.of_policy(policy, costs.spec), workload).stretch
     return TaskWork(
@@ -93,7 +93,7 @@ def prefill_work(
 def simulate_work(work: TaskWork) -> Trace:
     """The trace of a phase whose tasks take their predicted seconds."""
     tasks = iter_tasks(work.pipeline, work.policy.schedule)
-    return simulate(tasks, work.seconds_of())
+    return simulate(tasks, work.seconds_of(), work.costs.hand_over_s)
 
 
 def step_seconds(costs: Costs, policy: Policy, context: float, *, tokens: float | None = None) -> float:
@@ -109,7 +109,7 @@ def step_seconds(costs: Costs, policy: Policy, context: float, *, tokens: float 
 
 
 def steps_seconds(
-    costs: Costs, policy: Policy, stretches: Mapping[float, float], *, tokens: float | None = None
+    costs: Costs, policy: Policy, stretches: Mapping[float, Stretch], *, tokens: float | None = None
 ) -> list[float]:
     """The same at each of some mean contexts, for which it is known how far tasks are stretched.
 
@@ -127,7 +127,7 @@ def steps_seconds(
         return ends[-2] - ends[-3]
 
     first = next(iter(stretches), 0.0)
-    work = decode_work(costs, policy, first, num_steps=STEADY_STEPS, tokens=tokens, shape=shape, stretch=1.0)
+    work = decode_work(costs, policy, first, num_steps=STEADY_STEPS, tokens=tokens, shape=shape, stretch=ALONE)
     tasks_a_layer = _TASKS_A_MICRO_BATCH * STEADY_STEPS * max(shape.num_micro_batches, work.pipeline.num_pages)
     tasks_a_layer += STEADY_STEPS * shape.num_micro_batches * _tasks_of_parts(work.pipeline.parts)
     return [
@@ -136,14 +136,13 @@ def steps_seconds(
     ]
 
 
-def prefill_seconds(costs: Costs, policy: Policy, workload: Workload, *, stretch: float | None = None) -> float:
+def prefill_seconds(costs: Costs, policy: Policy, workload: Workload, *, stretch: Stretch | None = None) -> float:
     """Simulated seconds of one batch's prefill; of very many chunks, each stands for several."""
     shape, _, pages_in_one = _simulated_shape(policy)
     tasks_a_chunk = _TASKS_A_CHUNK + _tasks_of_parts(policy.parts(costs.spec, Phase.PREFILL))
     affordable = max(MIN_CHUNKS, MAX_TASKS // (MIN_LAYERS * tasks_a_chunk))
     work = prefill_work(costs, policy, workload, shape=shape, max_chunks=affordable, stretch=stretch)
-    chunks = ceil(policy.batch_size * workload.prompt_len / policy.prefill_chunk_tokens)
-    in_one = chunks / work.pipeline.num_micro_batches
+    in_one = float(workload.chunks(policy.batch_size, policy.prefill_chunk_tokens)) / work.pipeline.num_micro_batches
     tasks_a_layer = tasks_a_chunk * work.pipeline.num_micro_batches
     return _over_layers(work, tasks_a_layer, lambda work: max(_walked(work, in_one, pages_in_one)[1]))
 
@@ -194,7 +193,7 @@ def _walked(
             if not task_id.act.attends:
                 others[number] = of_task
         seconds.append(of_task)
-    return order, end_times(order, seconds)
+    return order, end_times(order, seconds, work.costs.hand_over_s)
 
 
 def _order(pipeline: Pipeline, schedule: ScheduleName) -> Order:

@@ -5,6 +5,7 @@ and `ffn` say where the data that stays on the host is used. The numbers are int
 executed as they stand; the paper's six numbers are derived from them.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import accumulate, pairwise
@@ -247,6 +248,11 @@ class Policy:
         return any_parts * self.experts_per_part * spec.expert_bytes(self.formats.weights)
 
     @property
+    def other_kv_format(self) -> str:
+        """The format of the KV cache where that is not in the dtype; else empty."""
+        return "" if self.kv_format == self.dtype else self.kv_format
+
+    @property
     def streams_kv(self) -> bool:
         """Whether attention on the GPU reads a part of the KV cache over the link."""
         return self.kv_caches_at(Place.STREAMED) > 0
@@ -337,9 +343,26 @@ class Policy:
 
 def spread_experts(spec: ModelSpec, total: int) -> tuple[int, ...]:
     """`total` resident experts over the layers that have experts, as evenly as integers allow."""
-    layers = spec.num_expert_layers
-    counts = ((i + 1) * total // layers - i * total // layers for i in range(layers))
+    counts = _evenly(total, spec.num_expert_layers)
     return tuple(next(counts) if layer.has_experts else 0 for layer in spec.layers)
+
+
+def in_whole_layers(spec: ModelSpec, total: int) -> tuple[int, ...]:
+    """`total` resident experts as all of some layers, evenly among those that have experts, and one with the rest.
+
+    The last layer, which has the least to do in prefill, has none as long as another has room.
+    """
+    whole, rest = divmod(total, spec.num_experts)
+    counts = [spec.num_experts * count for count in _evenly(whole, spec.num_expert_layers)][::-1]
+    if rest:
+        counts[counts.index(0)] = rest
+    of_layer = iter(counts)
+    return tuple(next(of_layer) if layer.has_experts else 0 for layer in spec.layers)
+
+
+def _evenly(total: int, parts: int) -> Iterator[int]:
+    """`total` in so many parts, as evenly as integers allow."""
+    return ((i + 1) * total // parts - i * total // parts for i in range(parts))
 
 
 def kv_tokens_for(micro_batch_size: N, mean_context_len: float, max_context_len: int) -> N:

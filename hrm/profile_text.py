@@ -3,12 +3,12 @@
 from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
-from hrm.catalog import Part
+from hrm.catalog import CatalogPart
 from hrm.decoding import reads_as_text
 from hrm.hardware import Source
 
 
-def dump_profile(profile: Part) -> str:
+def dump_profile(profile: CatalogPart) -> str:
     """The YAML text of a profile, defaults left out and plain figures on a line each."""
     import yaml
 

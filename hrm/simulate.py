@@ -7,10 +7,10 @@ from hrm.tasks import Lane, Task, TaskId
 from hrm.trace import Span, Trace
 
 
-def simulate(tasks: Iterable[Task], seconds_of: Callable[[TaskId], float]) -> Trace:
+def simulate(tasks: Iterable[Task], seconds_of: Callable[[TaskId], float], hand_over_s: float = 0.0) -> Trace:
     """Run every task as soon as its lane is free and all it waits for has ended.
 
-    Returns the trace in order of issue, starting at 0 s.
+    What another lane has done is known `hand_over_s` later. Returns the trace in order of issue, starting at 0 s.
     """
     free_s = dict.fromkeys(Lane, 0.0)
     end_s: dict[TaskId, float] = {}
@@ -18,7 +18,8 @@ def simulate(tasks: Iterable[Task], seconds_of: Callable[[TaskId], float]) -> Tr
     for task in tasks:
         start_s = free_s[task.lane]
         for other in task.after:
-            start_s = max(start_s, end_s[other])
+            if other.act.lane is not task.lane:
+                start_s = max(start_s, end_s[other] + hand_over_s)
         end = start_s + seconds_of(task.id)
         end_s[task.id] = free_s[task.lane] = end
         spans.append(Span(task.id, start_s, end))
@@ -29,7 +30,7 @@ def simulate(tasks: Iterable[Task], seconds_of: Callable[[TaskId], float]) -> Tr
 class Order:
     """A graph by positions, to be walked many times with other durations.
 
-    Task i runs in lane `lanes[i]`, after the tasks at `waits[i]`, for as long as the task
+    Task i runs in lane `lanes[i]`, after the tasks of other lanes at `waits[i]`, for as long as the task
     `distinct[alike[i]]`. `samples` are the positions of tasks that end a step, with their step.
     """
 
@@ -47,7 +48,7 @@ def in_order(
     steps: int = 0,
     micro_batches: int = 0,
 ) -> Order:
-    """The order of tasks, each with the positions of what it waits for; those with equal `alike` take equally long.
+    """The order of tasks, each with the positions of what it waits for in other lanes; if `alike`, they take as long.
 
     If it is asked for `steps` of so many `micro_batches` only, it ends with them: what comes later cannot delay them.
     """
@@ -75,15 +76,16 @@ def in_order(
     return Order(lanes, waits, classes, distinct, samples)
 
 
-def end_times(order: Order, seconds: Sequence[float]) -> list[float]:
+def end_times(order: Order, seconds: Sequence[float], hand_over_s: float = 0.0) -> list[float]:
     """When every task ends, as `simulate` has it; `seconds` are those of `order.distinct`."""
     free_s = [0.0] * len(Lane)
     end_s: list[float] = []
     for lane, waits, alike in zip(order.lanes, order.waits, order.alike, strict=True):
         end = free_s[lane]
         for other in waits:
-            if end_s[other] > end:  # noqa: PLR1730 - a call of max takes twice as long
-                end = end_s[other]
+            known_s = end_s[other] + hand_over_s
+            if known_s > end:  # noqa: PLR1730 - a call of max takes twice as long
+                end = known_s
         end += seconds[alike]
         free_s[lane] = end
         end_s.append(end)

@@ -26,6 +26,16 @@ class Lane(StrEnum):
     D2H = "D2H"
     STAGE = "STAGE"
 
+    @property
+    def computes(self) -> bool:
+        """Whether its tasks compute; those of all other lanes move bytes."""
+        return self is Lane.GPU or self is Lane.CPU
+
+    @property
+    def is_link(self) -> bool:
+        """Whether what its tasks move crosses a link between host and GPU."""
+        return self is Lane.H2D or self is Lane.D2H
+
     __hash__ = str.__hash__  # Enum would hash the name in Python, and simulations hash a lot
 
 
@@ -59,7 +69,7 @@ class Buffer:
     turns: int = 0
     grows: bool = False
 
-    def turn(self, number: int, piece: int = 0) -> "Part":
+    def turn(self, number: int, piece: int = 0) -> "BufferPart":
         """A piece of what comes into a buffer used in turns as so many were before."""
         return (self, number % self.turns, number, piece)
 
@@ -67,8 +77,8 @@ class Buffer:
 # A piece of one version of what lies in a slot of a buffer: buffer, slot, version, piece. A slot is a number, or two
 # for a buffer with one for each layer and micro-batch. Pieces of a version are written in order by one lane, so whoever
 # reads one finds all before it. Plain tuples, as simulations make several for every task.
-Part = tuple[Buffer, int | tuple[int, ...], int, int]
-Touch = tuple[tuple[Part, ...], tuple[Part, ...]]  # what a task reads, and what it writes
+BufferPart = tuple[Buffer, int | tuple[int, ...], int, int]
+Touch = tuple[tuple[BufferPart, ...], tuple[BufferPart, ...]]  # what a task reads, and what it writes
 NOTHING: Touch = ((), ())
 
 

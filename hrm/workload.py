@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from hrm.errors import WorkloadError, meant
+from hrm.numeric import Number, maximum, minimum
 
 # Beyond these, bytes of a whole batch would overflow 64-bit integers.
 MAX_LEN: Final = 10**7
@@ -76,6 +77,18 @@ class Workload:
         shape = _shape(self.prompt_len / self.max_prompt_len)
         quantiles = ((index + 0.5) / count for index in range(count))
         return [max(1, round(self.max_prompt_len * shape(share))) for share in quantiles]
+
+    def chunks(self, prompts: Number, most_tokens: Number) -> Number:
+        """How many chunks of at most so many tokens so many prompts are prefilled in.
+
+        A prompt is divided only if it is longer than a chunk. Where all are alike, each chunk has whole ones; else
+        some are short enough to fill it.
+        """
+        tokens = prompts * self.prompt_len
+        room = minimum(most_tokens, tokens)
+        if self.max_prompt_len == self.prompt_len:
+            room = maximum(room // self.prompt_len * self.prompt_len, minimum(room, self.prompt_len))
+        return -(-tokens // room)
 
     def requests_or(self, batch_size: int) -> int:
         """Requests of the whole job, or of one batch where the job has no end."""

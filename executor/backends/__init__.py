@@ -1,13 +1,23 @@
 """Accelerators behind one interface, each with its row in BACKENDS."""
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from executor.backends.base import AbstractBackend, EmulatedMachine, in_thread_of_its_own
 from executor.errors import RunError
 from hrm.errors import meant
 
-__all__ = ["BACKENDS", "AbstractBackend", "EmulatedMachine", "cuda_index_of", "in_thread_of_its_own", "make_backend"]
+__all__ = [
+    "BACKENDS",
+    "AbstractBackend",
+    "BackendKind",
+    "EmulatedMachine",
+    "computes",
+    "cuda_index_of",
+    "in_thread_of_its_own",
+    "make_backend",
+    "may_have_gpu",
+]
 
 # Given the accelerator as it was asked for, the machine to emulate, and a cap on the GPU's memory.
 Make = Callable[[str, EmulatedMachine | None, int | None], AbstractBackend]
@@ -56,8 +66,38 @@ def _null(*_: object) -> AbstractBackend:
     return NullBackend()
 
 
+class BackendKind(NamedTuple):
+    """What makes a backend, and what has to be known of it before: whether it computes, and on GPUs of the machine."""
+
+    make: Make
+    computes: bool = True
+    has_gpu: bool = False
+
+
 # By the name that is asked for; `name:K` is asked for with any number, or with none.
-BACKENDS: Final[dict[str, Make]] = {"emulated": _emulated, "cpu": _cpu, "cuda:K": _cuda, "null": _null}
+BACKENDS: Final[dict[str, BackendKind]] = {
+    "emulated": BackendKind(_emulated),
+    "cpu": BackendKind(_cpu),
+    "cuda:K": BackendKind(_cuda, has_gpu=True),
+    "null": BackendKind(_null, computes=False),
+}
+
+
+def kind_of_backend(accelerator: str) -> BackendKind | None:
+    """That of the accelerator, as it is asked for or as its backend is called; None of `auto` and of unknown ones."""
+    return BACKENDS.get(accelerator) or BACKENDS.get(f"{accelerator.partition(':')[0]}:K")
+
+
+def computes(accelerator: str) -> bool:
+    """Whether tokens are computed on it: on all but what sleeps through its tasks."""
+    kind = kind_of_backend(accelerator)
+    return kind is None or kind.computes
+
+
+def may_have_gpu(accelerator: str) -> bool:
+    """Whether it may need GPUs of the machine, as `auto` does."""
+    kind = kind_of_backend(accelerator)
+    return kind is None or kind.has_gpu
 
 
 def make_backend(
@@ -70,9 +110,9 @@ def make_backend(
     """
     automatic = "cpu" if machine is None else "emulated"
     name = automatic if accelerator == "auto" else accelerator
-    make = BACKENDS.get(name) or BACKENDS.get(f"{name.partition(':')[0]}:K")
-    if make is None:
+    kind = kind_of_backend(name)
+    if kind is None:
         known = ("auto", *BACKENDS)
         rule = f"must be one of {', '.join(known)}"
         raise RunError("--accelerator", accelerator, rule, meant(accelerator, known, "correct it"))
-    return make(accelerator, machine, gpu_memory_bytes)
+    return kind.make(accelerator, machine, gpu_memory_bytes)

@@ -41,10 +41,10 @@ class EmulatedMachine:
 class AbstractBackend(ABC):
     """Memory, transfers and threads of one accelerator; implementations are final.
 
-    `description` says in words what the run runs on. It `computes` unless tasks only take their time; where it
-    `is_emulated`, its link is held to a pace that may be asked for; and where it `has_own_memory`, the GPU's level is a
-    device's and not the host's, which a policy for two levels needs. `library_bytes` are what libraries hold of the
-    GPU's memory beside all that is planned; the paces are those that an emulated link is held to.
+    `description` says in words what the run runs on. Where it `is_emulated`, its link is held to a pace that may be
+    asked for; and where it `has_own_memory`, the GPU's level is a device's and not the host's, which a policy for two
+    levels needs. `library_bytes` are what libraries hold of the GPU's memory beside all that is planned; the paces are
+    those that an emulated link is held to.
     `streams` are of the lanes whose tasks are queued on a device, and `gpu_kernels` compute on the
     GPU's level. `waits` are what lanes sleep in where time is emulated. `told` is called with the bytes of every piece
     of the host's memory that `allocate` has touched or `pin` has pinned, see `telling`.
@@ -52,7 +52,6 @@ class AbstractBackend(ABC):
 
     name: str
     description: str
-    computes: bool = True
     is_emulated: bool = False
     has_own_memory: bool = False
     library_bytes: int = 0

@@ -23,7 +23,6 @@ class NullBackend(AbstractBackend):
 
     def __init__(self) -> None:
         self.name = "null"
-        self.computes = False
         self.description = "null: every task sleeps for its predicted time"
         self.waits = Waits()
 

@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from executor.backends import in_thread_of_its_own
+from executor.backends import computes, in_thread_of_its_own
 from executor.checkpoint import Checkpoint
 from executor.download import Located, locate
 from executor.errors import CheckpointError, JobError
@@ -145,7 +145,7 @@ def _machine(options: BenchOptions, spec: ModelSpec) -> HardwareProfile:
         if memory is not None:
             profile = with_memory(profile, gpu_memory_bytes=memory)
         return paced(profile, bandwidth, bandwidth)
-    if asked.name == "null":
+    if not computes(asked.name):
         raise JobError(
             "--accelerator", asked.name, "does no work, so there is nothing to measure", "give --profile or --policy"
         )

@@ -1,22 +1,64 @@
 """`executor run`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from executor.cli.options import accelerator_options
-from hrm.cli.params import enum_option
+from hrm.cli.params import enum_option, together
 from hrm.policy import ScheduleName
 from hrm.tasks import Phase
 from hrm.units import counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
+    from executor.job import JobOptions, JobProgress
+    from executor.ray.options import FleetOptions
     from hrm.run_record import RunRecord
 
 _folder = click.Path(path_type=Path, file_okay=False)
-_file = click.Path(path_type=Path, dir_okay=False)
+
+
+def _fleet(*, ray_address: str | None, workers: int | None, own_plans: bool) -> "FleetOptions | None":
+    """The fleet that the options ask for, if they do; RunError for those that go with one only."""
+    from executor.errors import RunError
+
+    if ray_address is not None:
+        from executor.ray.options import FleetOptions
+
+        return FleetOptions(address=ray_address, workers=workers, own_plans=own_plans)
+    if workers is not None:
+        raise RunError("--workers", workers, "goes with --ray only", "leave it out, or add --ray")
+    if own_plans:
+        raise RunError("--own-plans", True, "goes with --ray only", "leave it out, or use hrm profile and hrm search")
+    return None
+
+
+fleet_options = together(
+    "fleet",
+    _fleet,
+    click.option(
+        "--ray",
+        "ray_address",
+        is_flag=False,
+        flag_value="local",
+        metavar="[ADDRESS]",
+        help="Share the requests out over the workers of a Ray cluster [without an address: over workers here].",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(min=1, max=10_000),
+        help="Of --ray [default: 2 here, or one on every node of a cluster].",
+    ),
+    click.option(
+        "--own-plans",
+        is_flag=True,
+        help="With --ray, have every node measure itself, in a minute, once, and solve the policy's workload for "
+        "itself.",
+    ),
+)
 
 
 @click.command()
@@ -65,24 +107,7 @@ _file = click.Path(path_type=Path, dir_okay=False)
     help="Stop after so many requests; those of earlier runs do not count.",
 )
 @click.option("--resume", is_flag=True, help="Go on with a directory that holds outputs.")
-@click.option(
-    "--ray",
-    "ray_address",
-    is_flag=False,
-    flag_value="local",
-    metavar="[ADDRESS]",
-    help="Share the requests out over the workers of a Ray cluster [without an address: over workers here].",
-)
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1, max=10_000),
-    help="Of --ray [default: 2 here, or one on every node of a cluster].",
-)
-@click.option(
-    "--own-plans",
-    is_flag=True,
-    help="With --ray, have every node measure itself, in a minute, once, and solve the policy's workload for itself.",
-)
+@fleet_options
 @click.option("--quiet", is_flag=True, help="No progress and no summary.")
 def run(
     *,
@@ -92,9 +117,7 @@ def run(
     input_: str,
     output_dir: Path,
     gpus: int | None,
-    ray_address: str | None,
-    workers: int | None,
-    own_plans: bool,
+    fleet: "FleetOptions | None",
     quiet: bool,
     **asked: Any,
 ) -> None:
@@ -124,27 +147,11 @@ def run(
     """
     from executor.cli.progress import live_progress, say
     from executor.download import locate
-    from executor.errors import RunError
-    from executor.group.cores import is_another_rank
-    from executor.job import JobOptions, JobProgress, run_job
+    from executor.job import JobOptions, JobProgress
     from executor.job.input_file import input_named
 
-    if is_another_rank():
-        from executor.job.rank import JobRank
-        from executor.ranks.worker import serve
-
-        serve(JobRank)
-    if gpus is not None and ray_address is not None:
-        raise RunError(
-            "--gpus", gpus, "are those of one machine: workers have what their policy is for", "leave it out"
-        )
-    if workers is not None and ray_address is None:
-        raise RunError("--workers", workers, "goes with --ray only", "leave it out, or add --ray")
-    if own_plans and ray_address is None:
-        raise RunError("--own-plans", True, "goes with --ray only", "leave it out, or use hrm profile and hrm search")
-    if len(policies) > 1 and ray_address is None:
-        raise RunError("--policy", str(policies[1]), "is a second one, which goes with --ray only", "give one alone")
-
+    _serve_another_rank()
+    _check_alone(gpus, policies, fleet)
     progress = JobProgress(tell=say)
     with live_progress(progress, quiet=quiet):
         located = locate(model, revision, progress.fetched)
@@ -157,21 +164,47 @@ def run(
             gpus=gpus,
             **asked,
         )
-        if ray_address is None:
-            record = run_job(options, progress)
-            told = None if record is None else summary(record, output_dir)
-        else:
-            from executor.ray.fleet import run_fleet
-            from executor.ray.fleet import summary as summary_of_fleet
-            from executor.ray.options import FleetOptions
-
-            fleet = FleetOptions(
-                address=ray_address, workers=workers, model=located.name, policies=policies, own_plans=own_plans
-            )
-            made = run_fleet(options, fleet, progress)
-            told = None if made is None else summary_of_fleet(made, output_dir)
+        if fleet is not None:
+            fleet = replace(fleet, model=located.name, policies=policies)
+        told = _told_of(options, fleet, progress)
     if told is not None and not quiet:
         click.echo(told)
+
+
+def _serve_another_rank() -> None:
+    """End here as a rank other than 0, if torchrun started this process as one."""
+    from executor.group.cores import is_another_rank
+
+    if is_another_rank():
+        from executor.job.rank import JobRank
+        from executor.ranks.worker import serve
+
+        serve(JobRank)
+
+
+def _check_alone(gpus: int | None, policies: Sequence[Path], fleet: "FleetOptions | None") -> None:
+    """Raise RunError for options that go with a fleet only, or not with one."""
+    from executor.errors import RunError
+
+    if gpus is not None and fleet is not None:
+        rule = "are those of one machine: workers have what their policy is for"
+        raise RunError("--gpus", gpus, rule, "leave it out")
+    if len(policies) > 1 and fleet is None:
+        raise RunError("--policy", str(policies[1]), "is a second one, which goes with --ray only", "give one alone")
+
+
+def _told_of(options: "JobOptions", fleet: "FleetOptions | None", progress: "JobProgress") -> str | None:
+    """What is told of the job once it is done; None if nothing was left to be run."""
+    if fleet is None:
+        from executor.job import run_job
+
+        record = run_job(options, progress)
+        return None if record is None else summary(record, options.output_dir)
+    from executor.ray.fleet import run_fleet
+    from executor.ray.fleet import summary as summary_of_fleet
+
+    made = run_fleet(options, fleet, progress)
+    return None if made is None else summary_of_fleet(made, options.output_dir)
 
 
 def summary(record: "RunRecord", output_dir: Path) -> str:

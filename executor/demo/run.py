@@ -42,6 +42,11 @@ def _from_here(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
+def options(**given: object) -> list[str]:
+    """Options of a command by their names and values."""
+    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
 def call(module: str, *arguments: str) -> None:
     """Echo a command as the user would type it, run it, and end if it fails."""
     program = module.partition(".")[0]
@@ -100,62 +105,17 @@ def demo(output_dir: Path, gpu_memory: str, link_bandwidth: str, requests: int) 
     """Profile this machine, search a policy, run the demo model under it, and compare."""
     model, prompts = (_from_here(path) for path in (MODEL_DIR, PROMPTS))
     output_dir.mkdir(parents=True, exist_ok=True)
-    profile, policy = str(output_dir / "machine.yaml"), str(output_dir / "policy.json")
-    run = output_dir / "run"
+    profile, policy, run = (output_dir / name for name in ("machine.yaml", "policy.json", "run"))
     for name in ("outputs.jsonl", "run.json", "trace.json"):  # of an earlier demo
         (run / name).unlink(missing_ok=True)
     mean, longest = measured_lengths(prompts, model, requests)
-    call(
-        "hrm.cli",
-        "profile",
-        "--accelerator",
-        "emulated",
-        "--gpu-memory",
-        gpu_memory,
-        "--link-bandwidth",
-        link_bandwidth,
-        "--model",
-        str(model),
-        "--dtype",
-        "bfloat16",
-        "--quick",
-        "--out",
-        profile,
-    )
-    call(
-        "hrm.cli",
-        "search",
-        "--model",
-        str(model),
-        "--profile",
-        profile,
-        "--prompt-len",
-        f"{mean:.1f}",
-        "--max-prompt-len",
-        str(longest),
-        "--gen-len",
-        str(MAX_TOKENS),
-        "--requests",
-        str(requests),
-        "--ffn",
-        "gpu",
-        "--out",
-        policy,
-    )
-    call(
-        "executor.cli",
-        "run",
-        "--model",
-        str(model),
-        "--policy",
-        policy,
-        "--input",
-        str(prompts),
-        "--max-requests",
-        str(requests),
-        "--output-dir",
-        str(run),
-    )
+    emulated = options(accelerator="emulated", gpu_memory=gpu_memory, link_bandwidth=link_bandwidth)
+    measured = options(model=model, dtype="bfloat16")
+    call("hrm.cli", "profile", *emulated, *measured, "--quick", *options(out=profile))
+    lengths = options(prompt_len=f"{mean:.1f}", max_prompt_len=longest, gen_len=MAX_TOKENS, requests=requests)
+    call("hrm.cli", "search", *options(model=model, profile=profile), *lengths, *options(ffn="gpu", out=policy))
+    job = options(model=model, policy=policy, input=prompts, max_requests=requests, output_dir=run)
+    call("executor.cli", "run", *job)
     show(run, prompts)
     call("hrm.cli", "validate", str(run))
 

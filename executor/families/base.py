@@ -13,7 +13,7 @@ from executor.families.stored import Joined, Names, Stored, is_stored, stored_as
 from executor.model import Architecture, FeedForward, GroupedQuery, LayerMaths, Norm, Router
 from executor.model.layout import Tensors, dense_tensors, expert_tensors, in_order
 from hrm.errors import ModelError
-from hrm.layers import Block, GroupedQueryAttention, Layer, Share, layer_shares, tensor_share
+from hrm.layers import Block, GroupedQueryAttention, Layer, TensorShare, layer_shares, tensor_share
 from hrm.model_spec import Keys, ModelSpec, decoder_keys, spec_as_stored
 
 
@@ -29,7 +29,7 @@ class RankPart:
         """Which of the model's experts one of ours is, or is a part of."""
         return self.spec.layers[layer].experts_of(self.rank)[expert]
 
-    def of(self, whole: ModelSpec, tensors: Tensors, layer: int) -> tuple[Tensors, Mapping[str, Share]]:
+    def of(self, whole: ModelSpec, tensors: Tensors, layer: int) -> tuple[Tensors, Mapping[str, TensorShare]]:
         """The model's tensors of which these are ours, and our share of each."""
         ranks = self.spec.ranks
         theirs = {tensor.name: tensor for tensor in (*whole.embedding_tensors, *whole.head_tensors)}
@@ -128,7 +128,7 @@ class Family:
         Of several ranks one fills it with what it has of each of the model's, which `spec` tells; of experts
         it counts those that it has.
         """
-        stored, shares = (tensors, dict[str, Share]()) if part is None else part.of(spec, tensors, layer)
+        stored, shares = (tensors, dict[str, TensorShare]()) if part is None else part.of(spec, tensors, layer)
         if part is not None and expert is not None:
             expert = part.expert_of(layer, expert)
         ours = in_order(tensors, flat)

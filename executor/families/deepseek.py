@@ -3,6 +3,7 @@
 Layers that predict tokens further ahead are not read.
 """
 
+from functools import partial
 from typing import Final
 
 from executor.families.base import SILU, Family
@@ -110,11 +111,10 @@ def _options_glm(keys: Keys, spec: ModelSpec) -> Architecture:
 
 
 _NAMES: Final[Names] = {**ATTENTION, **LATENT, **GATE_UP_DOWN}
+_family = partial(Family, names=_NAMES, otherwise=(FUSED,))
 _YARN: Final = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}
 
-DEEPSEEK_V2: Final = Family(
-    names=_NAMES,
-    otherwise=(FUSED,),
+DEEPSEEK_V2: Final = _family(
     options=_options_v2,
     published={
         "rms_norm_eps": 1e-6,
@@ -125,9 +125,7 @@ DEEPSEEK_V2: Final = Family(
         "eos_token_id": 100_001,
     },
 )
-DEEPSEEK_V3: Final = Family(
-    names=_NAMES,
-    otherwise=(FUSED,),
+DEEPSEEK_V3: Final = _family(
     options=_options_v3,
     published={
         "n_group": 8,
@@ -141,9 +139,7 @@ DEEPSEEK_V3: Final = Family(
         "eos_token_id": 1,
     },
 )
-KIMI_K2: Final = Family(
-    names=_NAMES,
-    otherwise=(FUSED,),
+KIMI_K2: Final = _family(
     options=_options_v3,
     published={
         "n_group": 1,
@@ -157,9 +153,6 @@ KIMI_K2: Final = Family(
         "eos_token_id": 163_585,
     },
 )
-GLM4_LITE: Final = Family(
-    names=_NAMES,
-    otherwise=(FUSED,),
-    options=_options_glm,
-    published={"routed_scaling_factor": 1.8, "max_position_embeddings": 202_752},
+GLM4_LITE: Final = _family(
+    options=_options_glm, published={"routed_scaling_factor": 1.8, "max_position_embeddings": 202_752}
 )

@@ -10,7 +10,7 @@ import torch
 from executor.families.base import SILU, Family, grouped_query
 from executor.families.names import ATTENTION, FUSED, GATE_UP_DOWN, GATED_SHARED
 from executor.families.rope import Rope
-from executor.families.stored import Names, Rows, Stored, grouped, in_order
+from executor.families.stored import Names, Stored, StoredRows, grouped, in_order
 from executor.model import Architecture, FeedForward, GatedDelta, GroupedQuery, LayerMaths, Norm, Router
 from hrm.layers import GatedDeltaNet, GroupedQueryAttention, Layer, TensorSpec
 from hrm.model_spec import Keys, ModelSpec
@@ -36,29 +36,31 @@ def _options(keys: Keys, spec: ModelSpec) -> Architecture:
     return rope.architecture(spec, maths, final_norm=norm)
 
 
-def _gate_by_head(block: GroupedQueryAttention, _: TensorSpec) -> Rows:
+def _gate_by_head(block: GroupedQueryAttention, _: TensorSpec) -> StoredRows:
     """Queries, their gate, keys and values, where each head's gate follows its queries."""
     kv = in_order(block.kv_size)
-    return Rows.of(grouped(block.num_heads, block.head_dim, block.head_dim), kv, kv)
+    return StoredRows.of(grouped(block.num_heads, block.head_dim, block.head_dim), kv, kv)
 
 
-def _without_gate(block: GroupedQueryAttention, tensor: TensorSpec) -> Rows:
+def _without_gate(block: GroupedQueryAttention, tensor: TensorSpec) -> StoredRows:
     """The same for their biases, of which the gate's is another tensor."""
     rows, queries = _gate_by_head(block, tensor), block.query_size
-    return Rows(rows.sizes, torch.cat([rows.order[:queries], rows.order[2 * queries :]]))
+    return StoredRows(rows.sizes, torch.cat([rows.order[:queries], rows.order[2 * queries :]]))
 
 
-def _gate_alone(block: GroupedQueryAttention, tensor: TensorSpec) -> Rows:
+def _gate_alone(block: GroupedQueryAttention, tensor: TensorSpec) -> StoredRows:
     rows, queries = _gate_by_head(block, tensor), block.query_size
-    return Rows(rows.sizes[:1], rows.order[queries : 2 * queries])
+    return StoredRows(rows.sizes[:1], rows.order[queries : 2 * queries])
 
 
-def _by_key_head(block: GatedDeltaNet, _: TensorSpec) -> Rows:
+def _by_key_head(block: GatedDeltaNet, _: TensorSpec) -> StoredRows:
     """Queries, keys, values and gate in one matrix, steps and decays in another, each by key head."""
     keys, shared = block.num_key_heads, block.num_value_heads // block.num_key_heads
     values = shared * block.value_head_dim
     step, decay = grouped(keys, shared, shared).chunk(2)
-    return Rows.of(grouped(keys, block.key_head_dim, block.key_head_dim, values, values), torch.cat([decay, step]))
+    return StoredRows.of(
+        grouped(keys, block.key_head_dim, block.key_head_dim, values, values), torch.cat([decay, step])
+    )
 
 
 _BIASES: Final = ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")

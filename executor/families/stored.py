@@ -1,7 +1,7 @@
 """How a checkpoint keeps the tensors of ours: under which names, joined how, and in which order.
 
 A tensor of ours has the rows of one stored tensor, or of several one after the other. Where it wants
-them in another order, or some of them twice or not at all, `Rows` says which.
+them in another order, or some of them twice or not at all, `StoredRows` says which.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -15,7 +15,7 @@ from torch import Tensor
 from executor.checkpoint import WeightSource
 from executor.errors import CheckpointError
 from executor.formats import Cut, Matrix, Packed, read_numbers
-from hrm.layers import Block, RoutedExperts, Share, Span, TensorSpec
+from hrm.layers import Block, RoutedExperts, Stretch, TensorShare, TensorSpec
 from hrm.model_spec.quantisation import UNQUANTISED
 
 # What only compares experts with one another is the same less its mean, which would cost narrow formats
@@ -24,7 +24,7 @@ CENTRED: Final = ("score_correction",)
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class StoredRows:
     """Which rows of several stored tensors, laid one after the other, are those of ours.
 
     `sizes` are the stored tensors' rows: one of no rows is not stored. `order` has the number of the
@@ -35,15 +35,15 @@ class Rows:
     order: Tensor
 
     @staticmethod
-    def of(*orders: Tensor) -> "Rows":
+    def of(*orders: Tensor) -> "StoredRows":
         """All rows of each stored tensor, one tensor after the other, each in an order of its own."""
         sizes = tuple(map(len, orders))
         starts = accumulate(sizes, initial=0)
-        return Rows(sizes, torch.cat([order + start for order, start in zip(orders, starts, strict=False)]))
+        return StoredRows(sizes, torch.cat([order + start for order, start in zip(orders, starts, strict=False)]))
 
 
 # Of a block, which the tensor is a part of; a family knows which kind of block that is.
-RowsOf = Callable[[Any, TensorSpec], Rows]
+RowsOf = Callable[[Any, TensorSpec], StoredRows]
 
 
 def in_order(size: int) -> Tensor:
@@ -60,9 +60,9 @@ def grouped(groups: int, *sizes: int) -> Tensor:
     return torch.cat([part.flatten() for part in parts])
 
 
-def interleaved(_: Block, tensor: TensorSpec) -> Rows:
+def interleaved(_: Block, tensor: TensorSpec) -> StoredRows:
     """A gate and what it scales, stored in turn: first all rows of the gate."""
-    return Rows.of(grouped(tensor.shape[0] // 2, 1, 1))
+    return StoredRows.of(grouped(tensor.shape[0] // 2, 1, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +122,9 @@ class Joined:
         pieces = _pieces(tensor, how, sizes, block, layer, expert)
         return Joined(tensor, tuple(pieces), rows.order if rows is not None else None)
 
-    def read(self, source: WeightSource, ours: Matrix, share: Share | None = None) -> None:
+    def read(self, source: WeightSource, ours: Matrix, share: TensorShare | None = None) -> None:
         """Fill ours with the tensor, or with a share of it: straight to where it stays, unless sorted or centred."""
-        share = share or Share.whole(self.tensor)
+        share = share or TensorShare.whole(self.tensor)
         if share.has_noughts:
             _clear(ours)
         if share.is_empty:
@@ -138,7 +138,7 @@ class Joined:
         else:
             self._read(source, ours[:, : share.columns.size] if ours.ndim > 1 else ours, share)
 
-    def _read_packed(self, source: WeightSource, ours: Packed, share: Share) -> None:
+    def _read_packed(self, source: WeightSource, ours: Packed, share: TensorShare) -> None:
         columns = share.columns
         if columns.size == columns.room:
             self._read(source, ours, share)
@@ -147,7 +147,7 @@ class Joined:
         self._read(source, there, share)
         ours.copy_columns(there)
 
-    def _read(self, source: WeightSource, ours: Matrix, share: Share) -> None:
+    def _read(self, source: WeightSource, ours: Matrix, share: TensorShare) -> None:
         starts = accumulate((span.room for span in share.rows), initial=0)
         places = [slice(start, start + span.size) for start, span in zip(starts, share.rows, strict=False)]
         if self.order is None:
@@ -167,7 +167,7 @@ class Joined:
         for place, of_place in zip(places, sources.split([span.size for span in share.rows]), strict=True):
             _copy_rows(stored, of_place, ours[place])
 
-    def _read_rows(self, source: WeightSource, first: int, out: Matrix, columns: Span) -> None:
+    def _read_rows(self, source: WeightSource, first: int, out: Matrix, columns: Stretch) -> None:
         """Fill `out` with what is joined, from a row on."""
         for piece in self.pieces:
             start, stop = max(first, piece.rows.start), min(first + len(out), piece.rows.stop)

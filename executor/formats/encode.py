@@ -7,36 +7,19 @@ which weights that the format holds exactly come out as they were.
 N rows, W columns. Groups are seen as (N / rows, rows, W / columns, columns), and scales so with ones for their sizes.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from executor.formats.codes import CODES
 from executor.formats.packed import Packed
 from hrm.formats import PackedFormat
 
 STRIP_WEIGHTS: Final = 1 << 18  # that are encoded at once: what caches hold with their temporaries
 
 _SCALE_DTYPES: Final = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-_FP4_MAGNITUDES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _SAMPLED_COLUMNS: Final = 64  # that tell which scale may hold a group exactly
-
-
-@dataclass(frozen=True, slots=True)
-class _Code:
-    """A narrow number: how weights divided by their scale become one, and how it is stored.
-
-    Scales to try are the largest weight of a group divided by each of the `divisors`: by the largest code, by what
-    may be the largest code where not all are used, and by more, so that the largest weights are cut. Where many
-    codes may be the largest, `exact` are those of which a sample tells the likely one.
-    """
-
-    nearest: Callable[[Tensor], Tensor]
-    stored: Callable[[Tensor], Tensor]
-    divisors: tuple[float, ...]
-    exact: range = range(0)
 
 
 def encodes(form: PackedFormat) -> bool:
@@ -58,7 +41,7 @@ def encode(weights: Tensor, form: PackedFormat) -> Packed:
 
 def _encoded(weights: Tensor, form: PackedFormat) -> tuple[Tensor, Tensor]:
     """Codes and scales of a strip."""
-    (rows, width), code = weights.shape, _CODES[form.code]
+    (rows, width), code = weights.shape, CODES[form.code]
     groups = _in_groups(weights, form)
     largest = groups.abs().amax((1, 3), keepdim=True)
     largest.masked_fill_(largest == 0, 1)  # any scale will do for noughts
@@ -110,46 +93,3 @@ def _stored_scales(scales: Tensor, scale: str) -> Tensor:
 def _exponents(scales: Tensor) -> Tensor:
     """The exponents of positive float32 numbers as these have them, at least that of the least normal one."""
     return (scales.view(torch.int32) >> 23).clamp_(min=1).to(torch.uint8)
-
-
-def _pairs(codes: Tensor) -> Tensor:
-    """Two codes to a byte, the first one in its low half."""
-    low, high = codes.to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
-    return low | high << 4
-
-
-def _fp4_codes(units: Tensor) -> Tensor:
-    magnitudes = torch.bucketize(units.abs(), torch.tensor(_FP4_MAGNITUDES))
-    return magnitudes + 8 * units.signbit()
-
-
-def _nearest_fp4(units: Tensor) -> Tensor:
-    sizes = units.abs().clamp_(max=6)
-    steps = torch.where(sizes < 2, 0.5, torch.where(sizes < 4, 1.0, 2.0))
-    return sizes.div_(steps).round_().mul_(steps).copysign_(units)
-
-
-def _nearest_fp8(units: Tensor) -> Tensor:
-    return units.clamp_(-448, 448).to(torch.float8_e4m3fn).float()
-
-
-_CODES: Final[Mapping[str, _Code]] = {
-    "int4": _Code(
-        nearest=lambda units: units.round_().clamp_(-8, 7),
-        stored=lambda units: _pairs(units + 8),
-        divisors=(7, 8, 4, 5, 6, *(5.25 + 0.25 * step for step in range(24)), 12),
-    ),
-    "int8": _Code(
-        nearest=lambda units: units.round_().clamp_(-128, 127),
-        stored=lambda units: units.to(torch.int8).view(torch.uint8),
-        divisors=(127, 127.5, 128, *(130 * 1.04**step for step in range(17))),
-        exact=range(64, 129),
-    ),
-    "fp8": _Code(
-        nearest=_nearest_fp8,
-        stored=lambda units: units.to(torch.float8_e4m3fn).view(torch.uint8),
-        divisors=(448, 416, 384, 352, 320, 288, 256, 240),
-    ),
-    # After the OCP's rule the largest weight lies between 4 and 8 times the scale; half of that may lose less.
-    "fp4": _Code(nearest=_nearest_fp4, stored=lambda units: _pairs(_fp4_codes(units)), divisors=(4, 2)),
-}

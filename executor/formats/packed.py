@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import lcm
-from typing import Final, final
+from typing import final
 
 import torch
 from torch import Tensor
 
+from executor.formats.codes import CODES
 from executor.formats.cut import Cut
 from hrm.contract.dequantising import weights_at_once
 from hrm.formats import PackedFormat, aligned
-
-_INT4_NOUGHTS: Final = 0x88  # two codes of 8, which are 0 where there are no zero points
-_FP4_HALVES: Final = (0, 1, 2, 3, 4, 6, 8, 12)  # twice the magnitudes of e2m1, by its low three bits
 
 
 @final
@@ -84,8 +82,9 @@ class Packed:
 
     def clear(self) -> None:
         """Have all weights be noughts."""
+        nought = CODES[self.format.code].centre if self.zeros is None else 0
         for name, part in self.parts.items():
-            part.fill_(_INT4_NOUGHTS if name == "codes" and self.format.code == "int4" and self.zeros is None else 0)
+            part.fill_(nought | nought << 4 if name == "codes" else 0)
 
     def copy_columns(self, source: "Packed") -> None:
         """Fill the first columns with a narrower matrix of as many rows."""
@@ -130,10 +129,10 @@ class Packed:
     def write_to(self, out: Tensor) -> None:
         """`dequantised` where groups are whole: every dtype has codes exactly, and scales are put on them there."""
         form, (rows, width) = self.format, self.shape
-        if form.code_bits == 8:
-            out.copy_(self.codes.view(torch.float8_e4m3fn if form.code == "fp8" else torch.int8))
+        if (dtype := CODES[form.code].dtype) is not None:
+            out.copy_(self.codes.view(dtype))
         else:
-            pairs = _pairs("int4 from 0" if form.zeros else form.code, out.dtype, out.device)
+            pairs = _pairs(form.code, not form.zeros, out.dtype, out.device)
             torch.index_select(pairs, 0, self.codes.flatten().int(), out=out.view(-1, 2))
         groups = rows // form.rows, 1, form.groups(width), 1
         grouped = out.view(groups[0], form.rows, groups[2], -1)
@@ -157,8 +156,8 @@ class Packed:
 
     def weights(self) -> Tensor:
         """The weights that are meant, in float32."""
-        width, form = self.shape[-1], self.format
-        values = _CODES[form.code](self.codes)
+        width, form, code = self.shape[-1], self.format, CODES[self.format.code]
+        values = code.widened(self.codes)
         scales = _scales(form.scale, self.scales)
         if self.order is not None:
             columns = self.order.long().expand(*values.shape[:-2], scales.shape[-2], width)
@@ -169,10 +168,8 @@ class Packed:
             spread = {"scales": self._spread(scales)}
             if self.zeros is not None:
                 spread["zeros"] = self._spread(self.zeros.float())
-        if form.code == "int4":
-            values -= spread.get("zeros", 8.0)
-        elif self.zeros is not None:
-            values -= spread["zeros"]
+        if code.centre or self.zeros is not None:
+            values -= spread.get("zeros", float(code.centre))
         values *= spread["scales"]
         return values if self.row_scales is None else values.mul_(self.row_scales)
 
@@ -221,25 +218,11 @@ def read_numbers(form: PackedFormat, cut: Cut, out: Tensor, read: Callable[[Pack
 
 
 @cache
-def _pairs(code: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The two numbers that each byte means in half-byte codes."""
-    if code == "fp4":
-        magnitudes = [half / 2 for half in _FP4_HALVES]
-        numbers = [*magnitudes, *(-each for each in magnitudes)]
-    else:
-        numbers = [half - 8.0 * (code == "int4") for half in range(16)]
+def _pairs(code: str, around_zero: bool, dtype: torch.dtype, device: torch.device) -> Tensor:  # noqa: FBT001 - a key
+    """The two numbers that each byte means in half-byte codes, which are taken off zero points or are around zero."""
+    centre = CODES[code].centre if around_zero else 0
+    numbers = [number - centre for number in CODES[code].numbers]
     return torch.tensor([[numbers[byte & 15], numbers[byte >> 4]] for byte in range(256)], dtype=dtype, device=device)
-
-
-def _halves(codes: Tensor) -> Tensor:
-    """Two numbers to a byte, the first one in its low half."""
-    return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-
-
-def _fp4(codes: Tensor) -> Tensor:
-    halves = _halves(codes)
-    magnitudes = torch.tensor(_FP4_HALVES, dtype=torch.float32, device=codes.device)[(halves & 7).long()]
-    return torch.where(halves > 7, -magnitudes, magnitudes).div_(2)
 
 
 def _scales(scale: str, stored: Tensor) -> Tensor:
@@ -249,11 +232,3 @@ def _scales(scale: str, stored: Tensor) -> Tensor:
     if scale == "e4m3":
         return stored.view(torch.float8_e4m3fn).float()
     return stored.float()
-
-
-_CODES: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
-    "fp8": lambda codes: codes.view(torch.float8_e4m3fn).float(),
-    "int8": lambda codes: codes.view(torch.int8).float(),
-    "int4": lambda codes: _halves(codes).float(),
-    "fp4": _fp4,
-}

@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from executor.errors import RunError
 from executor.group.base import Group, LostRankError, share_of
 from executor.group.shared import SharedMemory
-from executor.group.store import LOOP, meet
+from executor.group.store import LOOP, beside, meet, wait_until_told
 from executor.guard import in_a_line
 
 TIMEOUT: Final = "EXECUTOR_RANK_TIMEOUT"
@@ -44,8 +44,9 @@ class ProcessGroup(Group):
     """One rank of a group whose processes meet at a store; all are on this machine.
 
     Tensors of the host go through memory that ranks share, or over gloo; those of a CUDA device over NCCL, and through
-    the host's memory where ranks share a device. Rank 0 calls `look`, which may raise, while it waits for the others to
-    come. After `timeout` seconds a rank that has not come to where another waits for it is lost.
+    the host's memory where ranks share a device. A rank calls `look`, which may raise, while it waits for the others to
+    come and to form groups with it. After `timeout` seconds a rank that has not come to where another waits for it is
+    lost.
     """
 
     def __init__(
@@ -57,14 +58,14 @@ class ProcessGroup(Group):
         look: Callable[[], object] = lambda: None,
         timeout: float | None = None,
     ) -> None:
-        self.rank, self.size, self._store = rank, size, store
+        self.rank, self.size, self._store, self._look = rank, size, store, look
         self._timeout_s = timeout or timeout_s()
         self._lost = ""
         meet(store, rank, size, look)
         with self.telling():
-            shared = SharedMemory.of(PrefixStore("shared", store), rank, size, self._timeout_s, self._check)
-            self._numbers: Any = shared or _gloo(store, "numbers", rank, size, timedelta(seconds=self._timeout_s))
-            self._messages: Any = _gloo(store, "messages", rank, size, _NEVER)
+            shared = SharedMemory.of(PrefixStore("shared", store), rank, size, self._timeout_s, self._check, look)
+            self._numbers: Any = shared or self._gloo("numbers", timedelta(seconds=self._timeout_s))
+            self._messages: Any = self._gloo("messages", _NEVER)
         self._devices: Any = None
         self._shares_devices: bool | None = None
 
@@ -165,7 +166,10 @@ class ProcessGroup(Group):
     def over_gloo(self, name: str) -> Any:
         """Another group of torch's of the same ranks, which all of them ask for, and in which none is ever late."""
         with self.telling():
-            return _gloo(self._store, name, self.rank, self.size, _NEVER)
+            return self._gloo(name, _NEVER)
+
+    def _gloo(self, name: str, timeout: timedelta) -> Any:
+        return beside(self._look, lambda: _gloo(self._store, name, self.rank, self.size, timeout))
 
     def _where_it_lies(self, tensor: Tensor, work: Callable[[Any, Tensor], Tensor]) -> Tensor:
         """What `work` makes of the tensor with the group for where it lies, or of its copy on the host."""
@@ -182,6 +186,7 @@ class ProcessGroup(Group):
         """Form the group of devices, unless ranks share one, which NCCL refuses."""
         keys = [f"device of rank {rank}" for rank in range(self.size)]
         self._store.set(keys[self.rank], str(torch.cuda.get_device_properties(device).uuid))
+        wait_until_told(self._store, keys, self._check)
         found = {self._store.get(key) for key in keys}
         if len(found) == self.size:
             # Else a thread of NCCL's ends the process when another rank is lost.

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
+from executor.group.store import wait_until_told
 from hrm.units import MIB
 
 PIECE_BYTES: Final = 4 * MIB  # that a rank tells at once; all have two such pieces, in turn
 _CALLED: Final = "ranks"
+_MADE: Final = "memory"  # in the store, once rank 0 has made it
 _LINE: Final = 64  # bytes of memory that processors hand over at once: each rank's counter has its own
 _AWAKE_S: Final = 30e-6  # that a rank waits before it sleeps, from which a virtual machine's core wakes late
 _LOOK_S: Final = 0.02  # after which a waiting rank looks whether the other is still there
@@ -71,17 +73,30 @@ class SharedMemory:
             ended.register(process, select.POLLIN)
 
     @staticmethod
-    def of(store: Store, rank: int, size: int, timeout_s: float, check: Callable[[], object]) -> "SharedMemory | None":
-        """One that all ranks have; None if any of them cannot have it. Nothing of it outlives them."""
+    def of(
+        store: Store,
+        rank: int,
+        size: int,
+        timeout_s: float,
+        check: Callable[[], object],
+        look: Callable[[], object] = lambda: None,
+    ) -> "SharedMemory | None":
+        """One that all ranks have; None if any of them cannot have it. Nothing of it outlives them.
+
+        Until all have told whether they have it this calls `look`, which may raise.
+        """
         memory, processes, handle = None, list[int](), -1
-        store.set(f"process of rank {rank}", str(os.getpid()))
+        pids, have = ([f"{what} of rank {other}" for other in range(size)] for what in ("process", "memory"))
+        store.set(pids[rank], str(os.getpid()))
+        wait_until_told(store, [*pids, _MADE] if rank else pids, look)
         with suppress(OSError, ValueError):
             handle = _handle(store, rank, _LINE * size + 2 * size * PIECE_BYTES)
             memory = mmap.mmap(handle, 0)
-            for other in range(size):
-                processes.append(os.pidfd_open(int(store.get(f"process of rank {other}"))))
-        store.set(f"memory of rank {rank}", "shared" if len(processes) == size else "none")
-        all_have = all(store.get(f"memory of rank {other}") == b"shared" for other in range(size))
+            for process in pids:
+                processes.append(os.pidfd_open(int(store.get(process))))
+        store.set(have[rank], "shared" if len(processes) == size else "none")
+        wait_until_told(store, have, look)
+        all_have = all(store.get(of_rank) == b"shared" for of_rank in have)
         if handle >= 0:
             os.close(handle)  # nobody opens rank 0's any more
         if memory is not None and all_have:
@@ -194,9 +209,9 @@ def _handle(store: Store, rank: int, num_bytes: int) -> int:
                 handle = os.memfd_create(_CALLED, os.MFD_CLOEXEC)
                 os.ftruncate(handle, num_bytes)
         finally:
-            store.set("memory", f"{os.getpid()} {handle}")
+            store.set(_MADE, f"{os.getpid()} {handle}")
     else:
-        process, number = map(int, store.get("memory").split())
+        process, number = map(int, store.get(_MADE).split())
         path = Path(f"/proc/{process}/fd/{number}")
         if able and str(path.readlink()).startswith(f"/memfd:{_CALLED}"):
             handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)

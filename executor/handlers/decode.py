@@ -14,7 +14,7 @@ from executor.handlers.feed_forward import PhaseHandlers
 from executor.handlers.memory import Exchange, narrow
 from executor.handlers.pages import PageHandlers
 from executor.handlers.state import Rows, sample
-from executor.handlers.tapes import Tapes, Work
+from executor.handlers.tapes import TapedWork, Tapes
 from executor.lanes import Handler
 from executor.model import CpuKernels, Mixer, RowNumbers, embed
 from hrm.acts import decode
@@ -40,7 +40,7 @@ class DecodeHandlers(PhaseHandlers):
         taped = tapes.taped if self.backend.gpu_kernels.shares_memory else lambda work: work
         # What waits for parts of experts is made anew for each of them.
         in_parts = any(map(self.pipeline.parts_of, range(spec.num_layers)))
-        of_rows: dict[Act, Work] = {
+        of_rows: dict[Act, TapedWork] = {
             decode.EMBED: self.embed,
             decode.REDUCE_HIDDEN: self.reduce_hidden,
             decode.PRE_ATTENTION: taped(self.pre_attention),
@@ -59,9 +59,7 @@ class DecodeHandlers(PhaseHandlers):
             decode.REDUCE_LAST: self.reduce_last,
         }
         return {
-            decode.STAGE_PAGE: pages.stage,
-            decode.LOAD_PAGE: pages.load,
-            decode.LOAD_PART: pages.load_part,
+            **pages.by_act(),
             decode.PART_EXPERTS: self.part_experts,
             decode.SAMPLE: self.sample,
             **{act: self.on_rows(work) for act, work in of_rows.items()},
@@ -72,7 +70,7 @@ class DecodeHandlers(PhaseHandlers):
         """Which of the batch's own steps the task is in."""
         return x.id.step // self.batches
 
-    def on_rows(self, work: Work) -> Handler:
+    def on_rows(self, work: TapedWork) -> Handler:
         """A handler that calls `work` with the requests that go on, and their rows, if any do."""
         state, batches = self.state, self.batches
 

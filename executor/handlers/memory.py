@@ -212,33 +212,20 @@ def allocate(backend: AbstractBackend, arch: Architecture, host: HostArenas) -> 
     weights = WeightPages(spec, policy, {**host.memory, **on_gpu}, rank=arch.rank)
     kv_buffers = take(Purpose.KV_BUFFERS)
     idle = kv_buffers[: len(kv_buffers) // BUFFERS]  # until decode, and as long as any prompt is cached
-    batches = host.needs.batches
     caches = KvCaches(
         spec,
         policy,
         gpu=take(Purpose.KV_CACHE),
         host=host.memory[Purpose.KV_CACHE],
         buffers=kv_buffers,
-        batches=batches,
+        batches=host.needs.batches,
     )
-
-    def exchange(memory: Tensor, *, on_host: bool) -> Exchange:
-        ffn_on_cpu = len(host.memory[Purpose.WORKSPACE]) > 0
-        return Exchange(
-            spec,
-            policy.formats,
-            memory,
-            num_requests=int(host.needs.places),
-            ffn_on_cpu=ffn_on_cpu,
-            holds=not on_host,
-            sends=on_host and batches > 1,
-        )
 
     return RunMemory(
         weights=weights,
         caches=caches,
-        gpu=exchange(take(Purpose.EXCHANGE), on_host=False),
-        host=exchange(host.memory[Purpose.EXCHANGE], on_host=True),
+        gpu=_exchange(spec, host, take(Purpose.EXCHANGE), on_host=False),
+        host=_exchange(spec, host, host.memory[Purpose.EXCHANGE], on_host=True),
         prefill=PrefillBuffers(
             spec,
             dtype,
@@ -252,4 +239,17 @@ def allocate(backend: AbstractBackend, arch: Architecture, host: HostArenas) -> 
         sampling_workspace=sampling_workspace,
         host_workspace=Workspace(host.memory[Purpose.WORKSPACE]),
         tokens_at_once=max(policy.micro_batch_size, policy.prefill_chunk_tokens),
+    )
+
+
+def _exchange(spec: ModelSpec, host: HostArenas, memory: Tensor, *, on_host: bool) -> Exchange:
+    """What decode's tasks hand over at one level."""
+    return Exchange(
+        spec,
+        host.policy.formats,
+        memory,
+        num_requests=int(host.needs.places),
+        ffn_on_cpu=len(host.memory[Purpose.WORKSPACE]) > 0,
+        holds=not on_host,
+        sends=on_host and host.needs.batches > 1,
     )

@@ -6,11 +6,12 @@ from typing import final
 from torch import Tensor
 
 from executor.backends import AbstractBackend
+from executor.lanes import Handler
 from executor.weight_pages import WeightPages, page_slice
 from hrm.acts.pages import STAGING, WEIGHTS
 from hrm.acts.parts import PARTS
 from hrm.schedules import Pipeline
-from hrm.tasks import Lane, Task
+from hrm.tasks import Act, Lane, Task
 
 
 @final
@@ -30,6 +31,11 @@ class PageHandlers:
     ) -> None:
         self._backend, self._weights, self._pipeline = backend, weights, pipeline
         self._streamed, self._idle = streamed, idle
+
+    def by_act(self) -> dict[Act, Handler]:
+        """The handler of every act that moves weights in the pipeline's phase."""
+        (stage, load), load_part, _ = self._pipeline.weight_acts
+        return {stage: self.stage, load: self.load, load_part: self.load_part}
 
     def stage(self, x: Task) -> int:
         """STAGE_PAGE: copy a page into pinned memory."""

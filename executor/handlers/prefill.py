@@ -64,9 +64,7 @@ class PrefillHandlers(PhaseHandlers):
         streamed = [self.policy.streamed_bytes(spec, i, Phase.PREFILL) for i in range(spec.num_layers)]
         pages = PageHandlers(self.backend, self.memory.weights, self.pipeline, streamed, lambda: False)
         return {
-            prefill.STAGE_PAGE: pages.stage,
-            prefill.LOAD_PAGE: pages.load,
-            prefill.LOAD_PART: pages.load_part,
+            **pages.by_act(),
             prefill.PART_EXPERTS: self.part_experts,
             prefill.EMBED: self.embed,
             prefill.LOAD_HIDDEN: self.load_hidden,
@@ -138,7 +136,7 @@ class PrefillHandlers(PhaseHandlers):
         if mixer.has_state:
             kept = [self._state(x, index) for index in range(len(chunk.parts))]
         else:
-            kept = [self._kept(part, x.id.layer) for part in chunk.parts]
+            kept = [self._kept(x, part) for part in chunk.parts]
             self._write_cached(x, mixer.cached(row_TX))
         mixer.prefill(self.backend.gpu_kernels, row_TX, weights.dense.mixer, prompts, kept, attention_TO, workspace)
         self._keep_in_turn(x, mixer.cached(row_TX))
@@ -177,11 +175,17 @@ class PrefillHandlers(PhaseHandlers):
             quantise(cached_TW, parts, buffer)
             dequantise(buffer, parts, cached_TW)
         elif self.policy.gpu_kv_micro_batches < self.policy.num_micro_batches:
-            self._kv_buffer(x, len(cached_TW)).copy_(cached_TW)
+            buffer = self._kv_buffer(x, len(cached_TW))
+            if not self._keeps_prefix(x):
+                buffer.copy_(cached_TW)
+                return
+            for part in self.prompts.chunks[x.id.index].parts:
+                if not self._is_whole(part):  # else attention does
+                    buffer[part.first : part.last].copy_(cached_TW[part.first : part.last])
 
     def _keep_in_turn(self, x: Task, cached_TW: Tensor) -> None:
         """Write to the GPU's caches what attention did not, which needs tokens in another form or order."""
-        if self._mixer(x).block.keeps_prefix_in_cache(self.policy.formats):
+        if self._keeps_prefix(x):
             return
         if self.policy.formats.kv_cache.is_scaled:
             cached_TW = self._kv_buffer(x, len(cached_TW))
@@ -284,17 +288,24 @@ class PrefillHandlers(PhaseHandlers):
         start = self.state.cache_start(part.placed, self.arch.layers[layer].mixer.reach)
         return self.memory.caches.of(part.micro_batch, layer)[start : start + part.end]
 
-    def _kept(self, part: ChunkPart, layer: int) -> Tensor | None:
-        """Where the GPU keeps a prompt's keys and values up to the end of the part, if it does.
+    def _kept(self, x: Task, part: ChunkPart) -> Tensor | None:
+        """Where the GPU has a prompt's keys and values up to the end of the part, if it has.
 
-        A cache is such a place if it has them as attention needs them.
+        A cache is such a place if it has them as attention needs them, and so are the rows of a whole prompt by which
+        they go to the host's.
         """
-        mixer = self.arch.layers[layer].mixer
-        if self.policy.kv_on_gpu(part.micro_batch) and mixer.block.keeps_prefix_in_cache(self.policy.formats):
-            return self._cache(part, layer)
-        if part.start == 0 and part.ends:
-            return None
-        return prefix_rows(mixer.prefix_elements, self.policy, self.memory.prefill.prefix)[: part.end]
+        if self.policy.kv_on_gpu(part.micro_batch) and self._keeps_prefix(x):
+            return self._cache(part, x.id.layer)
+        if not self._is_whole(part):
+            return prefix_rows(self._mixer(x).prefix_elements, self.policy, self.memory.prefill.prefix)[: part.end]
+        return self._kv_buffer(x, part.last)[part.first :] if self._keeps_prefix(x) else None
+
+    def _keeps_prefix(self, x: Task) -> bool:
+        return self._mixer(x).block.keeps_prefix_in_cache(self.policy.formats)
+
+    @staticmethod
+    def _is_whole(part: ChunkPart) -> bool:
+        return part.start == 0 and part.ends
 
     def _state(self, x: Task, index: int) -> Tensor:
         """Where a part of a prompt finds the state before it and leaves that after it, zeros before the first.

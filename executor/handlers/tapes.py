@@ -12,7 +12,7 @@ from hrm.acts.pages import WEIGHTS
 from hrm.schedules import Pipeline
 from hrm.tasks import Task
 
-Work = Callable[[Task, Rows, slice], int]
+TapedWork = Callable[[Task, Rows, slice], int]
 
 MOST_TAPES: Final = 4096  # of an act; each keeps the addresses of a layer's experts
 
@@ -34,7 +34,7 @@ class Tapes:
         self._reach_of = [reaches.index(layer.mixer.reach) for layer in arch.layers]
         self._numbers: dict[int, tuple[Rows, list[Numbers]]] = {}
 
-    def taped(self, work: Work) -> Work:
+    def taped(self, work: TapedWork) -> TapedWork:
         """The same work, which moves nothing over a link."""
         if kernels() is None:
             return work

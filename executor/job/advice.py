@@ -4,7 +4,7 @@ import shlex
 
 from executor.job.input_file import path_of
 from executor.job.options import JobOptions
-from executor.job.survey import Lengths, Survey
+from executor.job.survey import RequestLengths, Survey
 from hrm.machines import save_profile
 from hrm.policy import Policy
 from hrm.policy_file import PolicyFile
@@ -46,7 +46,7 @@ def advice(found: Survey, policy_file: PolicyFile, options: JobOptions) -> str |
     )
 
 
-def too_long_together(asked: Lengths, policy: Policy) -> bool:
+def too_long_together(asked: RequestLengths, policy: Policy) -> bool:
     """Whether the cache is too small for a whole batch, or all that is asked, on average."""
     if not asked.requests:
         return False

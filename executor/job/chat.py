@@ -1,12 +1,10 @@
-"""Chat templates: messages to the text that a model continues; every call of jinja2.
+"""Chat templates: messages to the text that a model continues, every call of jinja2 but those of its sandbox.
 
 Templates run as in transformers' `apply_chat_template` (5.23, utils/chat_template_utils.py): the
 same sandbox, filters, functions, tags and variables, so that they render the same text.
 """
 
-import json
-from collections.abc import Callable, Mapping
-from datetime import datetime
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
@@ -30,7 +28,6 @@ DEFAULT: Final = "default"
 # The names that a message's reasoning is passed under; the first is what templates read.
 REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 OWN_VARIABLES: Final = ("messages", "tools", "documents", "add_generation_prompt")
-MAX_BETWEEN: Final = 100  # characters between the values of what `tojson` writes
 _MARK: Final = "QXZ"  # stands for a text in the messages that find out what a template reads
 
 
@@ -95,7 +92,9 @@ class ChatTemplate:
 
     @cached_property
     def _environment(self) -> "LimitedEnvironment":
-        return _environment()
+        from executor.job.template_environment import environment
+
+        return environment()
 
     @cached_property
     def _reads_parts(self) -> bool:
@@ -197,88 +196,3 @@ def _named(source: Any) -> dict[Any, Any]:
 
 def _read_text(path: Path) -> str:
     return read_text(path, "a readable UTF-8 text", CheckpointError, remedy=DOWNLOAD_AGAIN)
-
-
-# -- the environment --------------------------------------------------------------------------
-
-
-def _environment() -> "LimitedEnvironment":
-    """A sandbox with what transformers gives to templates, and as little to break out by."""
-    from jinja2 import nodes
-    from jinja2.exceptions import SecurityError, TemplateError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.utils import Namespace
-
-    from executor.job.template_sandbox import LimitedEnvironment, bounded
-
-    class Generation(Extension):
-        """`{% generation %}` marks what the assistant says, for training; it says its body."""
-
-        tags = {"generation"}  # noqa: RUF012 - jinja2 asks for an attribute of the class
-
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
-
-        def _said(self, caller: Callable[[], str]) -> str:
-            return caller()
-
-    class Dictionary:
-        """`dict` without the attributes of a class."""
-
-        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-            return dict(*args, **kwargs)
-
-        def fromkeys(self, *args: Any) -> dict[Any, Any]:
-            return dict.fromkeys(*args)
-
-    class PublicNamespace(Namespace):
-        """`namespace` that refuses names with an underscore in front."""
-
-        def __init__(*args: Any, **kwargs: Any) -> None:
-            self, given = args[0], dict(*args[1:], **kwargs)
-            for name in given:
-                PublicNamespace._check(name)
-            Namespace.__init__(self, given)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            PublicNamespace._check(name)
-            Namespace.__setitem__(self, name, value)
-
-        @staticmethod
-        def _check(name: object) -> None:
-            if isinstance(name, str) and name.startswith("_"):
-                raise SecurityError(f"no namespace may hold {name!r}")
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    made = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    made.filters["tojson"] = bounded("tojson", _to_json)  # jinja2's own writes < as \u003c
-    made.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": _now,
-        "dict": Dictionary(),
-        "namespace": PublicNamespace,
-    }
-    return made
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,  # noqa: FBT001, FBT002 - a filter's
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,  # noqa: FBT001, FBT002
-) -> str:
-    # Written many times over, what is between the values must be short.
-    indentation = indent if isinstance(indent, int) else len(indent or "")
-    if max(indentation, *map(len, separators or ("",))) > MAX_BETWEEN:
-        raise ValueError(f"tojson writes at most {MAX_BETWEEN} characters between values")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)  # noqa: DTZ005 - the user's own time, as in transformers

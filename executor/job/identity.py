@@ -15,7 +15,7 @@ from executor.errors import CheckpointError, JobError
 from executor.job.chat import PROCESSOR_FILE, TEMPLATE_FILE, TEMPLATE_FOLDER, TEMPLATES
 from executor.job.sampling_defaults import OPENAI, SamplingDefaults
 from executor.job.tokenizer import SENTENCEPIECE_FILE, TOKENIZER_FILE
-from executor.job.tokenizer_config import ADDED_FILE, CONFIG_FILE, MAP_FILE
+from executor.job.tokenizer_config import ADDED_FILE, MAP_FILE, TOKENIZER_CONFIG_FILE
 from executor.safetensors_file import DOWNLOAD_AGAIN
 from hrm.decoding import read_json
 from hrm.files import open_regular, read_regular
@@ -23,7 +23,7 @@ from hrm.policy import Policy
 
 JOB_JSON: Final = "job.json"
 SCHEMA: Final = 1
-TEXT_FILES: Final = (TOKENIZER_FILE, CONFIG_FILE, MAP_FILE, TEMPLATE_FILE)
+TEXT_FILES: Final = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, MAP_FILE, TEMPLATE_FILE)
 _SAMPLES: Final = 16  # of a file of weights that are compared, spread over all of it
 _SAMPLE_BYTES: Final = 4096
 _MEANING: Final = {  # the option that decides a field, and what it is called there
@@ -69,7 +69,7 @@ class Identity:
             config=_digest([config]),
             text=_digest(part for path in _text_files(folder) for part in (path.name.encode(), _content(path))),
             dtype=policy.dtype,
-            kv_format=policy.kv_format if policy.kv_format != policy.dtype else "",
+            kv_format=policy.other_kv_format,
             seed=seed,
             computed=computed,
             sampling=str(sampling),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
+from executor.backends import computes
 from executor.errors import RunError
 from executor.generate import AbstractGenerator, Prepared
 from executor.group.cores import own_cores, started_by_torchrun
@@ -76,7 +77,7 @@ def launching(
     files, options, file = files_of_ranks(job.policy_file), job.accelerator, own.policy_file
     size, numbers = len(files), job.policy_file.policy.gpus
     _check_number(size, gpus)
-    if size == 1 or options.name == "null":
+    if size == 1 or not computes(options.name):
         yield Launch(job, whole, own, stops, prepare(for_rank(options, 0, size, numbers), file, file.policy), 1, set())
         return
     options = replace(options, name=accelerator_for(options.name, file.profile))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
-from executor.backends import AbstractBackend, EmulatedMachine, cuda_index_of, make_backend
+from executor.backends import AbstractBackend, EmulatedMachine, computes, cuda_index_of, make_backend
 from executor.batching import Batch
 from executor.errors import RunError
 from executor.generate import Planned, Prepared
@@ -149,7 +149,7 @@ def prepare(
 
 def _host_bytes(plan: MemoryPlan, backend: AbstractBackend) -> int:
     """What a run takes of this machine's memory."""
-    if not backend.computes:
+    if not computes(backend.name):
         return 0
     levels = (plan.cpu,) if backend.has_own_memory else (plan.gpu, plan.cpu)
     return sum({level.name: level.planned_bytes for level in levels}.values())
@@ -199,7 +199,7 @@ def _check_levels(name: str, profile: HardwareProfile) -> None:
 
 
 def _check_link(backend: AbstractBackend, options: AcceleratorOptions) -> None:
-    if options.link_bytes_per_s is not None and backend.computes and not backend.is_emulated:
+    if options.link_bytes_per_s is not None and computes(backend.name) and not backend.is_emulated:
         raise RunError(
             "--link-bandwidth",
             f"<{format_bandwidth(options.link_bytes_per_s)}>",

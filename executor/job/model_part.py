@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import final
 
+from executor.backends import computes
 from executor.generate import AbstractGenerator, Generator, Prepared
 from executor.handlers import EndOfText
 from executor.job.machine import files_of_ranks, predicted_seconds
@@ -51,7 +52,7 @@ class ModelPart:
 
         Where nothing is computed, it sleeps as long as is predicted of this part. At most so many spans are kept.
         """
-        if not prepared.backend.computes:
+        if not computes(prepared.backend.name):
             seconds_of = predicted_seconds(self.policy_file, prepared.planned.policy)
             return NullGenerator(prepared.backend, self.arch, prepared.planned, seconds_of, max_spans)
         return Generator(

@@ -6,7 +6,7 @@ from typing import Final, final
 
 from executor.batching import Batch, Completion
 from executor.generate import AbstractGenerator, BatchResult
-from executor.job.survey import Lengths
+from executor.job.survey import RequestLengths
 from executor.loading import Loading
 from hrm.errors import HrmError
 from hrm.estimate import estimate
@@ -58,7 +58,7 @@ class Forecast:
     fixed_share: float
 
     @staticmethod
-    def of(wanted: Lengths, policy: Policy, policy_file: PolicyFile) -> "Forecast | None":
+    def of(wanted: RequestLengths, policy: Policy, policy_file: PolicyFile) -> "Forecast | None":
         """For what is to be run under a policy; None if it cannot be predicted."""
         if not wanted.requests:
             return None
@@ -90,16 +90,16 @@ class JobProgress:
     total_requests: int = 0
     earlier_requests: int = 0
     ended_requests: int = 0
-    wanted: Lengths = field(default_factory=Lengths)
+    wanted: RequestLengths = field(default_factory=RequestLengths)
     forecast: Forecast | None = None
     generator: AbstractGenerator | None = field(default=None, repr=False)
     elsewhere: bool = False
     loading: Loading = field(default_factory=Loading)
     tell: Callable[[str], object] = field(default=lambda _: None, repr=False)
-    _past: Lengths = field(default_factory=Lengths, repr=False)
+    _past: RequestLengths = field(default_factory=RequestLengths, repr=False)
     _past_s: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(Phase, 0.0))
     _past_generated: int = 0
-    _batch: Lengths = field(default_factory=Lengths, repr=False)
+    _batch: RequestLengths = field(default_factory=RequestLengths, repr=False)
 
     def fetched(self, done_bytes: int, total_bytes: int) -> None:
         """So much of a model is here; then comes the job itself."""
@@ -108,7 +108,7 @@ class JobProgress:
 
     def begin_batch(self, batch: Batch) -> None:
         """Count a batch as under way."""
-        lengths = Lengths()
+        lengths = RequestLengths()
         for micro_batch in batch.micro_batches:
             for placed in micro_batch.placed:
                 lengths.add(placed.request)
@@ -116,7 +116,7 @@ class JobProgress:
 
     def end_batch(self, result: BatchResult) -> None:
         """Count the batch under way as finished."""
-        batch, self._batch = self._batch, Lengths()
+        batch, self._batch = self._batch, RequestLengths()
         if self.generator is not None:
             self.generator.live.clear()
         for completion in result.completions:

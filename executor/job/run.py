@@ -8,6 +8,7 @@ from typing import Any, Final, TypeVar, final
 
 import msgspec
 
+from executor.backends import computes
 from executor.batching import Completion, Request
 from executor.errors import JobError, RunError
 from executor.generate import AbstractGenerator, BatchResult
@@ -48,7 +49,7 @@ def run_job(options: JobOptions, progress: JobProgress | None = None) -> RunReco
     with (
         _opened(options, policy_file, progress) as model,
         launching_model(options.accelerator, model, options.gpus) as launch,
-        _begun(options, [policy_file], model, computed=launch.prepared.backend.computes) as (job, identity),
+        _begun(options, [policy_file], model, computed=computes(launch.prepared.backend.name)) as (job, identity),
     ):
         return job.run(progress, launch) if job.prepare(progress, identity) else None
 
@@ -64,7 +65,7 @@ def run_job_on(
     policy_files = policy_files or [load_policy_file(options.policy)]
     with (
         _opened(options, policy_files[0], progress) as model,
-        _begun(options, policy_files, model, computed=options.accelerator.name != "null") as (job, identity),
+        _begun(options, policy_files, model, computed=computes(options.accelerator.name)) as (job, identity),
     ):
         return job.have_answered(progress, elsewhere) if job.prepare(progress, identity) else None
 

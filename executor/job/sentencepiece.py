@@ -23,7 +23,7 @@ _ADDED_FLAGS: Final = ("single_word", "lstrip", "rstrip")
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class VocabularyPiece:
     """A token: its text, how likely it is, and of which kind."""
 
     text: str
@@ -36,7 +36,7 @@ class Piece:
 class SentencePieceModel:
     """What of a tokenizer.model decides on tokens; an id is -1 if there is no such piece."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[VocabularyPiece, ...]
     kind: int
     byte_fallback: bool
     unknown_id: int
@@ -177,11 +177,11 @@ def _added(text: str, *, special: bool, **flags: bool) -> AddedToken:
 # -- protocol buffers -------------------------------------------------------------------------
 
 
-def _piece(content: bytes) -> Piece:
+def _piece(content: bytes) -> VocabularyPiece:
     fields = dict(_fields(content))
     score = fields.get(2, bytes(4))
     (value,) = struct.unpack("<f", _bytes(score))
-    return Piece(_bytes(fields.get(1, b"")).decode(), value, _integer(fields, 3, _NORMAL))
+    return VocabularyPiece(_bytes(fields.get(1, b"")).decode(), value, _integer(fields, 3, _NORMAL))
 
 
 def _fields(content: bytes) -> Iterator[tuple[int, int | bytes]]:

@@ -22,7 +22,7 @@ SHOWN_REASONS: Final = 3  # why lines cannot be run, or requests got no answer
 
 @final
 @dataclass(slots=True)
-class Lengths:
+class RequestLengths:
     """How many requests there are and what they ask for, in tokens."""
 
     requests: int = 0
@@ -63,8 +63,8 @@ class Survey:
     by their numbers: none is another line's custom_id.
     """
 
-    to_run: Lengths = field(default_factory=Lengths)
-    asked: Lengths = field(default_factory=Lengths)
+    to_run: RequestLengths = field(default_factory=RequestLengths)
+    asked: RequestLengths = field(default_factory=RequestLengths)
     rejected: int = 0
     reasons: list[str] = field(default_factory=list[str])
     names: dict[int, str] = field(default_factory=dict[int, str])

@@ -8,7 +8,7 @@ from executor.checkpoint import DOWNLOAD_AGAIN
 from executor.errors import CheckpointError
 from hrm.decoding import read_json_object
 
-CONFIG_FILE: Final = "tokenizer_config.json"
+TOKENIZER_CONFIG_FILE: Final = "tokenizer_config.json"
 MAP_FILE: Final = "special_tokens_map.json"
 ADDED_FILE: Final = "added_tokens.json"
 SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -34,15 +34,15 @@ class TokenizerConfig:
         special_tokens_map.json and added_tokens.json count for old tokenizers only, as in transformers.
         Raises CheckpointError if one of the files is not what its name says.
         """
-        settings = read_settings(folder / CONFIG_FILE)
+        settings = read_settings(folder / TOKENIZER_CONFIG_FILE)
         named, added = settings, settings.get("added_tokens_decoder")
         if added is None:
             named = {**settings, **read_settings(folder / MAP_FILE)}
             texts = read_settings(folder / ADDED_FILE)
             special = set(_special_tokens(named).values())
             added = {number: {"content": text, "special": text in special} for text, number in texts.items()}
-        where = folder / (CONFIG_FILE if "added_tokens_decoder" in settings else ADDED_FILE)
-        return TokenizerConfig(folder / CONFIG_FILE, settings, _special_tokens(named), _added(added, where))
+        where = folder / (TOKENIZER_CONFIG_FILE if "added_tokens_decoder" in settings else ADDED_FILE)
+        return TokenizerConfig(folder / TOKENIZER_CONFIG_FILE, settings, _special_tokens(named), _added(added, where))
 
 
 def read_settings(path: Path) -> dict[str, Any]:

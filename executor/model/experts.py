@@ -17,7 +17,7 @@ from executor.model.workspace import Workspace
 from executor.native import Kernels, kernels
 from executor.native.experts import SILU, ExpertWeights, Glu, Routing
 from executor.native.tape import is_recording
-from hrm.contract.temporaries import ALIGNMENT_BYTES
+from hrm.contract.temporaries import TEMPORARY_ALIGNMENT_BYTES
 
 _HIDDEN: Final = 2048  # of the experts that are tried
 _INTERMEDIATE: Final = 512
@@ -38,7 +38,7 @@ def _trial(dtype: torch.dtype) -> Trial:
     def work_of(tokens: int) -> Callable[[], object]:
         x_TD, out_TD = torch.randn(tokens, _HIDDEN).to(dtype), torch.zeros(tokens, _HIDDEN, dtype=dtype)
         routing = Routing(torch.ones(tokens, 1), torch.zeros(tokens, 1, dtype=torch.int64))
-        room = tokens * (_HIDDEN + 2 * _INTERMEDIATE + 2 * ALIGNMENT_BYTES) * dtype.itemsize
+        room = tokens * (_HIDDEN + 2 * _INTERMEDIATE + 2 * TEMPORARY_ALIGNMENT_BYTES) * dtype.itemsize
         workspace = Workspace(torch.empty(room, dtype=torch.uint8))
         return lambda: run_experts(x_TD, routing, [(0, next(next_of))], out_TD, workspace)
 

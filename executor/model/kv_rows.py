@@ -1,7 +1,7 @@
 """Rows of a quantised KV cache as torch makes and reads them: the oracle of the native kernels.
 
-Their dtype, int8 or float8_e4m3fn, says what the codes in them are; how a row is laid out is
-`hrm.formats.KvFormat`'s. A part is what one head has of keys or values.
+Their dtype says what the codes in them are, and which are a byte each, as no plain number is; how a row is laid out
+is `hrm.formats.KvFormat`'s. A part is what one head has of keys or values.
 
 T tokens, W numbers of a token, B bytes of its row, P parts of a size.
 """
@@ -13,12 +13,9 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from executor.native import mixers
-from hrm.formats import KvFormat, aligned
+from hrm.formats import KV_SCALES, KvFormat, scales_at
 
-CODES: Final = {name: dtype for dtype, name in mixers.CODES.items()}
-GREATEST: Final = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-SCALE: Final = torch.bfloat16
+SCALE: Final[torch.dtype] = getattr(torch, KV_SCALES)
 PIECES: Final = 4  # in which tokens are quantised, so that float32 copies fit beside what prefill keeps
 
 
@@ -32,12 +29,12 @@ class _Group(NamedTuple):
 
 def is_quantised(cache: Tensor) -> bool:
     """Whether these are rows of codes and scales."""
-    return cache.dtype in GREATEST
+    return cache.dtype.itemsize == 1
 
 
 def row_dtype(format_: KvFormat, dtype: torch.dtype) -> torch.dtype:
     """The dtype that rows of a cache have: that of codes, or the one that is computed in."""
-    return CODES[format_.name] if format_.is_scaled else dtype
+    return getattr(torch, format_.codes) if format_.is_scaled else dtype
 
 
 def quantise(kv_TW: Tensor, parts: Sequence[int], rows_TB: Tensor) -> None:
@@ -52,7 +49,8 @@ def quantise(kv_TW: Tensor, parts: Sequence[int], rows_TB: Tensor) -> None:
 
 
 def _quantise(kv_TW: Tensor, parts: Sequence[int], rows_TB: Tensor) -> None:
-    greatest, scales = GREATEST[rows_TB.dtype], _scales(rows_TB, parts)
+    whole, scales = not rows_TB.dtype.is_floating_point, _scales(rows_TB, parts)
+    greatest = (torch.iinfo if whole else torch.finfo)(rows_TB.dtype).max
     for group in _groups(parts):
         part_TPw = kv_TW[:, group.columns].unflatten(1, (-1, group.size))
         low_TP, high_TP = torch.aminmax(part_TPw, dim=2)
@@ -60,7 +58,7 @@ def _quantise(kv_TW: Tensor, parts: Sequence[int], rows_TB: Tensor) -> None:
         scale_TP.clamp_(min=torch.finfo(SCALE).tiny)  # zeros are divided by something
         scales[:, group.scales].copy_(scale_TP)
         codes_TPw = part_TPw / scale_TP.float().unsqueeze(2)
-        if rows_TB.dtype is torch.int8:
+        if whole:
             codes_TPw.round_()
         rows_TB[:, group.columns].unflatten(1, (-1, group.size)).copy_(codes_TPw.clamp_(-greatest, greatest))
 
@@ -94,5 +92,5 @@ def _groups(parts: Sequence[int]) -> Iterator[_Group]:
 
 
 def _scales(rows_TB: Tensor, parts: Sequence[int]) -> Tensor:
-    first = aligned(sum(parts)) // SCALE.itemsize
+    first = scales_at(parts) // SCALE.itemsize
     return rows_TB.view(SCALE)[..., first : first + len(parts)]

@@ -6,7 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from hrm.contract.temporaries import ALIGNMENT_BYTES
+from hrm.contract.temporaries import TEMPORARY_ALIGNMENT_BYTES
 
 
 @final
@@ -25,7 +25,7 @@ class Workspace:
         self._device = None if of_torch is None else memory.device
         assert memory.dtype is torch.uint8, memory.dtype
         assert memory.ndim == 1, memory.shape
-        self._memory = memory[: len(memory) // ALIGNMENT_BYTES * ALIGNMENT_BYTES]
+        self._memory = memory[: len(memory) // TEMPORARY_ALIGNMENT_BYTES * TEMPORARY_ALIGNMENT_BYTES]
         self.capacity_bytes = len(self._memory) if of_torch is None else of_torch
         self._views: dict[torch.dtype, Tensor] = {}
         self._used_bytes = 0
@@ -44,7 +44,7 @@ class Workspace:
             f"workspace of {len(self._memory)} bytes exhausted: {start} in use, asked for {shape}"
         )
         self.high_water_bytes = max(self.high_water_bytes, end)
-        self._used_bytes = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        self._used_bytes = -(-end // TEMPORARY_ALIGNMENT_BYTES) * TEMPORARY_ALIGNMENT_BYTES
         strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
         offset = view.storage_offset() + start // dtype.itemsize
         return view.as_strided(shape, strides, offset)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from executor.native.compiled import DTYPES, module
 from executor.native.tape import checked
-from hrm.formats import aligned
+from hrm.formats import scales_at
 
 _HEAD_DIM_UNIT: Final = 8
-CODES: Final = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # what a quantised cache's rows may be of
+CODES: Final = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # of a quantised cache's rows, as `cached.hpp` has them
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,8 +274,8 @@ def _coding(cache: Tensor, parts: Sequence[int]) -> dict[str, Any]:
     """How a cache's rows are coded, whose parts have so many codes."""
     if cache.dtype not in CODES:
         return {"codes": "", "row_bytes": 0, "scales": 0}
-    assert cache.shape[1] >= aligned(sum(parts)) + 2 * len(parts), (cache.shape, parts)
-    return {"codes": CODES[cache.dtype], "row_bytes": cache.shape[1], "scales": aligned(sum(parts))}
+    assert cache.shape[1] >= scales_at(parts) + 2 * len(parts), (cache.shape, parts)
+    return {"codes": CODES[cache.dtype], "row_bytes": cache.shape[1], "scales": scales_at(parts)}
 
 
 def _is_float_vector(vector: Tensor) -> bool:

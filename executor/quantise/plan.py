@@ -19,7 +19,7 @@ from hrm.model_spec import ModelSpec, What, packable
 
 
 @dataclass(frozen=True, slots=True)
-class Matrix:
+class MatrixToPack:
     """A matrix (rows, width) of a stored tensor: all of it, or an expert's part from `first_row` on.
 
     `written` are its rows by the names of the packed matrices that they become. Where all experts of a layer are
@@ -38,25 +38,25 @@ class Matrix:
 
 
 @dataclass(slots=True)
-class Plan:
+class PackingPlan:
     """The matrices to pack, by the stored tensors that they are of, and new names of tensors that are copied."""
 
-    matrices: dict[str, list[Matrix]] = field(default_factory=dict[str, list[Matrix]])
+    matrices: dict[str, list[MatrixToPack]] = field(default_factory=dict[str, list[MatrixToPack]])
     renamed: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
-    def every(self) -> Iterator[Matrix]:
+    def every(self) -> Iterator[MatrixToPack]:
         """All matrices."""
         return chain.from_iterable(self.matrices.values())
 
 
-def plan_of(checkpoint: Checkpoint, family: Family, spec: ModelSpec, published: Publication, what: What) -> Plan:
+def plan_of(checkpoint: Checkpoint, family: Family, spec: ModelSpec, published: Publication, what: What) -> PackingPlan:
     """What is to be packed in a checkpoint, by the names that it knows.
 
     Raises ModelError where experts have no names of their own, and CheckpointError for a matrix that the format
     does not take, or if there is none to pack.
     """
-    plan = Plan()
+    plan = PackingPlan()
     for index, layer in enumerate(spec.layers):
         for tensor in expert_tensors(layer):
             if len(tensor.shape) > 1 and not published.form.takes(tensor.shape, tensor.parts):
@@ -82,7 +82,7 @@ def plan_of(checkpoint: Checkpoint, family: Family, spec: ModelSpec, published: 
 
 def _of_layer(
     checkpoint: Checkpoint, family: Family, spec: ModelSpec, published: Publication, index: int
-) -> Iterator[Matrix]:
+) -> Iterator[MatrixToPack]:
     """The matrices of a layer's experts."""
     layer, names = spec.layers[index], checkpoint.names
     tensors, apart = expert_tensors(layer), family.apart()
@@ -103,7 +103,7 @@ def _of_layer(
             yield from _matrices(joined, alone, index)
 
 
-def _matrices(joined: Joined, written: Joined, layer: int, place: int = 0) -> Iterator[Matrix]:
+def _matrices(joined: Joined, written: Joined, layer: int, place: int = 0) -> Iterator[MatrixToPack]:
     """The stored pieces of an expert's tensor, each with the written ones whose rows it has."""
     if len(joined.tensor.shape) < 2:
         assert joined is written, "no family has biases in experts that are stored in two ways"
@@ -113,7 +113,7 @@ def _matrices(joined: Joined, written: Joined, layer: int, place: int = 0) -> It
         inside = [other for other in written.pieces if first <= other.rows.start < piece.rows.stop]
         names = tuple((other.name, slice(other.rows.start - first, other.rows.stop - first)) for other in inside)
         width = joined.tensor.shape[1]
-        yield Matrix(piece.name, piece.first_row, rows, width, piece.transposed, names, layer, place=place)
+        yield MatrixToPack(piece.name, piece.first_row, rows, width, piece.transposed, names, layer, place=place)
 
 
 def _renamed(checkpoint: Checkpoint, family: Family, spec: ModelSpec, index: int) -> dict[str, str]:
@@ -128,7 +128,7 @@ def _renamed(checkpoint: Checkpoint, family: Family, spec: ModelSpec, index: int
 
 def _linear(
     checkpoint: Checkpoint, family: Family, spec: ModelSpec, renamed: dict[str, str], index: int
-) -> Iterator[Matrix]:
+) -> Iterator[MatrixToPack]:
     """The matrices of a layer outside its experts that are packed."""
     layer = spec.layers[index]
     packed = {tensor.name for tensor in packable(layer)}
@@ -138,4 +138,4 @@ def _linear(
         for piece in joined.pieces:
             rows, width = piece.shape
             name = renamed.get(piece.name, piece.name)
-            yield Matrix(piece.name, 0, rows, width, False, ((name, slice(0, rows)),), index, of_expert=False)
+            yield MatrixToPack(piece.name, 0, rows, width, False, ((name, slice(0, rows)),), index, of_expert=False)

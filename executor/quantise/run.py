@@ -10,13 +10,13 @@ from typing import Final, final
 import torch
 
 from executor.checkpoint import Checkpoint
-from executor.checkpoint_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_object
+from executor.checkpoint_files import INDEX_FILE, SINGLE_FILE, read_object
 from executor.download import SMALL_FILES
 from executor.errors import CheckpointError
 from executor.families import family_for
 from executor.formats.encode import encode
 from executor.loading import Loading
-from executor.quantise.plan import Matrix, Plan, plan_of
+from executor.quantise.plan import MatrixToPack, PackingPlan, plan_of
 from executor.quantise.publications import Publication, Stacked, publication_of
 from executor.quantise.report import Report
 from executor.quantise.shards import Entry, Shard
@@ -24,6 +24,7 @@ from executor.safetensors_file import DOWNLOAD_AGAIN, SafetensorsFile
 from hrm.errors import ModelError
 from hrm.files import is_file, open_regular, write_whole
 from hrm.folders import check_new_folder, new_folder
+from hrm.hub import CONFIG_FILE
 from hrm.model_spec import What, decoder_keys
 from hrm.model_spec.published_dtype import QUANTISATION_KEYS
 from hrm.model_spec.quantisation import TEXT_PREFIXES, scale_dtype
@@ -119,7 +120,7 @@ class _Work:
     checkpoint: Checkpoint
     head: str
     published: Publication
-    plan: Plan
+    plan: PackingPlan
 
     @staticmethod
     def of(checkpoint: Checkpoint, options: QuantiseOptions) -> "_Work":
@@ -200,7 +201,7 @@ class _Work:
             self._write_matrix(tensor, matrix, shard, report)
             loading.done_bytes += tensor.num_bytes // len(matrices)
 
-    def _write_matrix(self, tensor: _Tensor, matrix: Matrix, shard: Shard, report: Report) -> None:
+    def _write_matrix(self, tensor: _Tensor, matrix: MatrixToPack, shard: Shard, report: Report) -> None:
         weights = torch.empty(matrix.rows, matrix.width)
         self.checkpoint.read_into(matrix.stored, weights.T if matrix.transposed else weights, matrix.first_row)
         if not weights.isfinite().all():

@@ -96,7 +96,7 @@ def _handler(lane: Lane, waits: Waits, width: int) -> Handler:
         link.run(lambda: out.copy_(x), x.nbytes, ready_s=waits.ready_s)
         return x.nbytes
 
-    return compute if lane in {Lane.GPU, Lane.CPU} else move
+    return compute if lane.computes else move
 
 
 def _rank(port: int, rank: int, size: int, sizes: list[int]) -> NoReturn:

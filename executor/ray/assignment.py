@@ -12,7 +12,7 @@ MOST_ASIDE: Final = 10_000  # requests that are kept for other workers, before o
 
 
 @dataclass(slots=True)
-class Share:
+class Assigned:
     """Requests that one worker has; `left` are those that it has not answered, by name."""
 
     left: dict[str, Request]
@@ -42,10 +42,10 @@ class Assignment:
         """Whether nothing is left that no worker has, as far as was looked."""
         return self._is_exhausted and not self._again and not self._aside
 
-    def next(self, most: int, has_room: Callable[[Request], bool] = lambda _: True) -> Share | None:
+    def next(self, most: int, has_room: Callable[[Request], bool] = lambda _: True) -> Assigned | None:
         """The next share, of so many requests at most that a worker has room for; None if there is none left."""
         chosen = self._lost_before(most, has_room) or self._fresh(most, has_room)
-        return Share({request.name: request for request in chosen}) if chosen else None
+        return Assigned({request.name: request for request in chosen}) if chosen else None
 
     def _lost_before(self, most: int, has_room: Callable[[Request], bool]) -> list[Request]:
         """Requests of one share that was lost."""
@@ -74,7 +74,7 @@ class Assignment:
             (chosen if has_room(request) else self._aside).append(request)
         return chosen
 
-    def lost(self, share: Share) -> Request | None:
+    def lost(self, share: Assigned) -> Request | None:
         """Take back what a worker had when it died; the request that is given up, if one is."""
         left = list(share.left.values())
         for request in left:

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Final, final
 
-from executor.ray.assignment import Share
+from executor.backends import may_have_gpu
+from executor.ray.assignment import Assigned
 from executor.ray.plans import Plan
 from executor.ray.worker import Ready, Worker
 from hrm.run_record import RunRecord, WorkerRecord
 
 DIED: Final = "died"
-_WITHOUT_GPU: Final = ("cpu", "emulated", "null")
 
 
 @final
@@ -29,7 +29,7 @@ class Member:
     node_id: str
     alive: bool = True
     ready: Ready | None = None
-    share: Share | None = None
+    share: Assigned | None = None
     requests: int = 0
     generated_tokens: int = 0
     run: RunRecord | None = None
@@ -76,7 +76,7 @@ class Members:
         on_each = -(-self.count // len(nodes))
         cpus, gpus = (int(nodes[node_id].get(kind, 0)) // on_each for kind in ("CPU", "GPU"))
         most_gpus = max(plan.file.num_gpus for plan in self.plans)
-        has_gpu = bool(nodes[node_id].get("GPU")) and self.accelerator not in _WITHOUT_GPU
+        has_gpu = bool(nodes[node_id].get("GPU")) and may_have_gpu(self.accelerator)
         actor_class = self.ray.remote(
             num_cpus=max(cpus, 1),  # Ray gives the actor's threads so many
             num_gpus=min(max(gpus, 1), most_gpus) if has_gpu else 0,

@@ -47,7 +47,7 @@ def own_plan(given: Plan, accelerator: AcceleratorOptions, engines: int = 1) -> 
         profile,
         file.workload,
         dtype=policy.dtype,
-        kv_format="" if policy.kv_format == policy.dtype else policy.kv_format,
+        kv_format=policy.other_kv_format,
         schedule=policy.schedule,
     )
     return Plan(OWN, policy_file_of(search(space).require(), file.model, profile, file.workload))

@@ -20,7 +20,7 @@ from executor.ray.cluster import ray_at
 from executor.ray.members import Member, Members
 from executor.ray.options import LOCAL_WORKERS, FleetOptions
 from executor.ray.plans import Plan
-from executor.ray.worker import Ended, Ready, Refused, Report
+from executor.ray.worker import Ended, Ready, Refused, WorkerReport
 from executor.trace_budget import MAX_SPANS
 from hrm.run_record import FleetRecord
 from hrm.units import counted
@@ -189,7 +189,7 @@ class FleetWork:
         self._answered += 1
         self._tokens += len(completion.tokens)
 
-    def _take(self, member: Member, report: Report) -> None:
+    def _take(self, member: Member, report: WorkerReport) -> None:
         """Put down what a worker tells of itself."""
         member.run = report.record
         for rank, plain in report.spans.items():

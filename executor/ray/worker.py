@@ -46,7 +46,7 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class WorkerReport:
     """What a worker did until now, and spans by rank that were not told before.
 
     They are in seconds since `origin_s`, which is since 1970 by the clock of the worker's node.
@@ -64,7 +64,7 @@ class Ended:
     completions: list[Completion]
     is_last: bool
     error: str | None = None
-    report: Report | None = None
+    report: WorkerReport | None = None
 
 
 @final
@@ -110,7 +110,7 @@ class Worker:
             return Ended(found, is_last=False)
         return Ended(found, is_last=True, error=item.error, report=item.report)
 
-    def finish(self) -> Report:
+    def finish(self) -> WorkerReport:
         """End the engine, and tell all that it did."""
         return self._thread.submit(self._finish).result()
 
@@ -151,20 +151,20 @@ class Worker:
                 self._spans += phase.spans
                 self._max_spans -= len(phase.spans)
 
-    def _finish(self) -> Report:
+    def _finish(self) -> WorkerReport:
         ranks = self._engine.finish()
         report = self._report(ranks)
         self._engine.close()
         return report
 
-    def _report(self, ranks: "Sequence[RankReport]" = ()) -> Report:
+    def _report(self, ranks: "Sequence[RankReport]" = ()) -> WorkerReport:
         """What was done so far; the spans that were not told before, and those of other ranks at their end."""
         from executor.job.rank import PlainSpan
 
         engine = self._engine.generator.engine
         spans = {0: self._spans, **{rank.record.rank: rank.spans_since(engine.origin_s) for rank in ranks}}
         self._spans = []
-        return Report(
+        return WorkerReport(
             self._engine.record(self._totals, self._started),
             {rank: [PlainSpan.of(span) for span in own] for rank, own in spans.items()},
             time.time() - time.perf_counter() + engine.origin_s,

@@ -4,19 +4,43 @@ An act is added as a value of `Act` in the tuple of its phase, and issued by an 
 for, which lane it is busy in, and what that adds to the closed form and to the simulation follow from it.
 """
 
-from typing import Final
+from typing import Final, NamedTuple
 
 from hrm.acts import decode, prefill
 from hrm.acts.load import Counts, Load
 from hrm.tasks import Act, Lane, Phase
 
-__all__ = ["ACTS", "NAMES", "Counts", "Load", "act_named", "add_act", "decode", "prefill", "waits_for_ranks"]
+__all__ = [
+    "ACTS",
+    "NAMES",
+    "WEIGHT_ACTS",
+    "Counts",
+    "Load",
+    "WeightActs",
+    "act_named",
+    "add_act",
+    "decode",
+    "prefill",
+    "waits_for_ranks",
+]
 
 ACTS: Final[dict[Phase, tuple[Act, ...]]] = {Phase.PREFILL: prefill.ALL, Phase.DECODE: decode.ALL}
 # What each kind of task is called in files and legends: acts that differ by phase or lane only share one letter.
 NAMES: Final = {act.name: act.letter for act in (*decode.ALL, *prefill.ALL)}
 
 
+class WeightActs(NamedTuple):
+    """The acts of a phase by which weights move: of pages in order, and of parts of experts."""
+
+    pages: tuple[Act, ...]
+    load_part: Act
+    part_experts: Act
+
+
+WEIGHT_ACTS: Final = {
+    Phase.PREFILL: WeightActs(prefill.PAGES, prefill.LOAD_PART, prefill.PART_EXPERTS),
+    Phase.DECODE: WeightActs(decode.PAGES, decode.LOAD_PART, decode.PART_EXPERTS),
+}
 _RECEIVE: Final = frozenset({prefill.EMBED, decode.EMBED})  # from another stage, in a pipeline
 
 

@@ -12,13 +12,15 @@ from hrm.acts.load import (
     in_each_layer,
     of_a_rank,
     reached_expert_bytes,
+    to_gpu,
+    to_host,
 )
 from hrm.acts.pages import page_acts, pages_up_to
 from hrm.acts.parts import part_acts
 from hrm.acts.sums import sum_acts
 from hrm.contract.rings import BUFFERS
 from hrm.numeric import Number
-from hrm.tasks import Act, Buffer, Device, Lane, Part, Phase, TaskId, Touch
+from hrm.tasks import Act, Buffer, BufferPart, Device, Lane, Phase, TaskId, Touch
 
 if TYPE_CHECKING:
     from hrm.schedules.pipeline import Pipeline
@@ -47,12 +49,12 @@ def _at(p: "Pipeline", x: TaskId) -> int:
     return x.step * p.num_layers + x.layer
 
 
-def _hidden(p: "Pipeline", x: TaskId, *, after: int = 0, piece: int = PART) -> Part:
+def _hidden(p: "Pipeline", x: TaskId, *, after: int = 0, piece: int = PART) -> BufferPart:
     """Hidden states before a layer, or after it."""
     return (HIDDEN, x.index, x.step * (p.num_layers + 1) + x.layer + after, piece)
 
 
-def _kv_buffer(p: "Pipeline", x: TaskId, piece: int = LOADED) -> Part:
+def _kv_buffer(p: "Pipeline", x: TaskId, piece: int = LOADED) -> BufferPart:
     return KV_BUFFERS.turn(p.kv_load_index(x.step, x.layer, x.index), piece)
 
 
@@ -67,7 +69,7 @@ def _pre_attention(p: "Pipeline", x: TaskId) -> Touch:
     return ((*reads, *weights), ((QKV, x.index, _at(p, x), 0),))
 
 
-def _before_layer(p: "Pipeline", x: TaskId) -> tuple[Part, ...]:
+def _before_layer(p: "Pipeline", x: TaskId) -> tuple[BufferPart, ...]:
     """Hidden states, and what the CPU's experts add to them."""
     if x.layer > 0 and p.cpu_experts[x.layer - 1]:
         return (_hidden(p, x), (EXPERT_OUTPUT, x.index, _at(p, x) - 1, 0))
@@ -106,7 +108,7 @@ def _post_attention(p: "Pipeline", x: TaskId) -> Touch:
     return (reads, writes)
 
 
-def _after_layers(p: "Pipeline", x: TaskId) -> tuple[Part, ...]:
+def _after_layers(p: "Pipeline", x: TaskId) -> tuple[BufferPart, ...]:
     reads = (_hidden(p, x, after=1),)
     return (*reads, (EXPERT_OUTPUT, x.index, _at(p, x), 0)) if p.cpu_experts[x.layer] else reads
 
@@ -133,7 +135,8 @@ def _attended_bytes(x: Load) -> Number:
     return x.costs.runtime.attention_passes * attended
 
 
-STAGE_PAGE, LOAD_PAGE = page_acts(Phase.DECODE)
+PAGES: Final = page_acts(Phase.DECODE)
+LOAD_PAGE: Final = PAGES[-1]
 LOAD_PART, PART_EXPERTS = part_acts(
     Phase.DECODE,
     hidden=lambda p, x: _hidden(p, x, after=1),
@@ -145,16 +148,14 @@ REDUCE_HIDDEN, REDUCE_ATTENTION, REDUCE_LAST = sum_acts(
     attended=lambda p, x: ((_hidden(p, x, piece=ATTENDED_PART),), (_hidden(p, x, piece=ATTENDED_SUM),)),
     last=lambda p, x: (_after_layers(p, x), (_hidden(p, x, after=1, piece=SUM),)),
 )
-EMBED: Final = Act(
+EMBED: Final = to_gpu(
     letter="E",
     name="EMBED",
     words="token embeddings gathered on the host and moved to the GPU",
     phase=Phase.DECODE,
-    lane=Lane.H2D,
     touches=lambda p, x: (((TOKEN, x.index, x.step, 0),), (_hidden(p, x),)),
     count=each,
     moves=hidden_bytes,
-    seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
 )
 PRE_ATTENTION: Final = Act(
     letter="A",
@@ -167,16 +168,14 @@ PRE_ATTENTION: Final = Act(
     seconds=lambda x, _: x.costs.pre_attention(x.tokens, x.kind),
     chained=True,
 )
-OFFLOAD_QKV: Final = Act(
+OFFLOAD_QKV: Final = to_host(
     letter="Q",
     name="OFFLOAD_QKV",
     words="queries, keys and values of the new tokens to the host",
     phase=Phase.DECODE,
-    lane=Lane.D2H,
     touches=lambda p, x: _handed_on(QKV, HOST_QKV, p, x),
     count=_if_attended_on_cpu,
     moves=lambda x: x.tokens * x.kind.mixer.sent_bytes(x.formats),
-    seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
     chained=True,
 )
 LOAD_KV: Final = Act(
@@ -191,16 +190,14 @@ LOAD_KV: Final = Act(
     seconds=lambda x, num_bytes: x.costs.load_kv(num_bytes),
     attends=True,
 )
-STORE_KV: Final = Act(
+STORE_KV: Final = to_host(
     letter="V",
     name="STORE_KV",
     words="new keys and values to the host",
     phase=Phase.DECODE,
-    lane=Lane.D2H,
     touches=_store_kv,
     count=_if_streamed,
     moves=lambda x: x.kind.mixer.cache_bytes(x.formats, x.tokens, x.tokens),
-    seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
 )
 ATTENTION: Final = Act(
     letter="B",
@@ -227,16 +224,14 @@ CPU_ATTENTION: Final = Act(
     attends=True,
     chained=True,
 )
-LOAD_HIDDEN: Final = Act(
+LOAD_HIDDEN: Final = to_gpu(
     letter="H",
     name="LOAD_HIDDEN",
     words="attention output (decode) or hidden states (prefill) to the GPU",
     phase=Phase.DECODE,
-    lane=Lane.H2D,
     touches=lambda p, x: _handed_on(HOST_OUTPUT, OUTPUT, p, x),
     count=_if_attended_on_cpu,
     moves=lambda x: x.tokens * x.kind.mixer.returned_bytes(x.formats),
-    seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
     chained=True,
 )
 OUTPUT_PROJECTION: Final = Act(
@@ -262,16 +257,14 @@ POST_ATTENTION: Final = Act(
     by_ffn=True,
     chained=True,
 )
-OFFLOAD_TOKENS: Final = Act(
+OFFLOAD_TOKENS: Final = to_host(
     letter="X",
     name="OFFLOAD_TOKENS",
     words="normed tokens and their routing to the host",
     phase=Phase.DECODE,
-    lane=Lane.D2H,
     touches=lambda p, x: _handed_on(ROUTED, HOST_ROUTED, p, x),
     count=if_experts_on_cpu,
     moves=lambda x: operators.routed_token_bytes(x.spec, x.formats, x.tokens),
-    seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
     chained=True,
 )
 CPU_EXPERTS: Final = Act(
@@ -286,16 +279,14 @@ CPU_EXPERTS: Final = Act(
     host_bytes=lambda x: reached_expert_bytes(x, x.tokens),
     chained=True,
 )
-LOAD_EXPERT_OUTPUT: Final = Act(
+LOAD_EXPERT_OUTPUT: Final = to_gpu(
     letter="Y",
     name="LOAD_EXPERT_OUTPUT",
     words="their output to the GPU",
     phase=Phase.DECODE,
-    lane=Lane.H2D,
     touches=lambda p, x: _handed_on(HOST_EXPERT_OUTPUT, EXPERT_OUTPUT, p, x),
     count=if_experts_on_cpu,
     moves=hidden_bytes,
-    seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
     chained=True,
 )
 SAMPLE: Final = Act(
@@ -326,8 +317,7 @@ ALL: Final = (
     OFFLOAD_TOKENS,
     CPU_EXPERTS,
     LOAD_EXPERT_OUTPUT,
-    LOAD_PAGE,
-    STAGE_PAGE,
+    *PAGES,
     LOAD_PART,
     REDUCE_LAST,
     SAMPLE,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hrm import operators
@@ -9,6 +10,7 @@ from hrm.formats import Formats
 from hrm.layers import Layer
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Number
+from hrm.tasks import Act, Lane
 
 if TYPE_CHECKING:
     from hrm.costs import Costs
@@ -118,3 +120,8 @@ def reached_expert_bytes(x: Load, tokens: Number) -> Number:
 def hidden_bytes(x: Load) -> Number:
     """Hidden states of a task's tokens."""
     return operators.hidden_bytes(x.spec, x.formats, x.tokens)
+
+
+# Acts that move what they hand over across a link of pinned memory.
+to_gpu = partial(Act, lane=Lane.H2D, seconds=lambda x, num_bytes: x.costs.h2d(num_bytes))
+to_host = partial(Act, lane=Lane.D2H, seconds=lambda x, num_bytes: x.costs.d2h(num_bytes))

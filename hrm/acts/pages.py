@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from hrm.acts.load import Load
 from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
 from hrm.numeric import Number
-from hrm.tasks import Act, Buffer, Lane, Part, Phase, TaskId, Touch
+from hrm.tasks import Act, Buffer, BufferPart, Lane, Phase, TaskId, Touch
 
 if TYPE_CHECKING:
     from hrm.schedules.pipeline import Pipeline
@@ -14,14 +14,14 @@ WEIGHTS = Buffer("weight slots", WEIGHT_SLOTS)
 STAGING = Buffer("staging pages", STAGING_PAGES)
 
 
-def pages_up_to(p: "Pipeline", x: TaskId, count: int) -> tuple[Part, ...]:
+def pages_up_to(p: "Pipeline", x: TaskId, count: int) -> tuple[BufferPart, ...]:
     """What a task reads that needs the first `count` pages of its layer; nothing if the layer streams none."""
     if not count or not p.streamed[x.layer]:
         return ()
     return (WEIGHTS.turn(p.load_index(x.step, x.layer), count - 1),)
 
 
-def _staged(p: "Pipeline", x: TaskId) -> Part:
+def _staged(p: "Pipeline", x: TaskId) -> BufferPart:
     return STAGING.turn(p.load_index(x.step, x.layer) * p.num_pages + x.index)
 
 
@@ -34,8 +34,13 @@ def _page_bytes(x: Load) -> Number:
     return x.page_bytes
 
 
-def page_acts(phase: Phase) -> tuple[Act, Act]:
-    """STAGE_PAGE and LOAD_PAGE of a phase."""
+def on_its_way(acts: tuple[Act, ...], p: "Pipeline") -> tuple[Act, ...]:
+    """Those of a phase's `page_acts` that a page goes through, in order."""
+    return acts if p.staging else acts[-1:]
+
+
+def page_acts(phase: Phase) -> tuple[Act, ...]:
+    """What may be done to a page of a phase, in order: STAGE_PAGE, and at last LOAD_PAGE."""
     stage = Act(
         letter="S",
         name="STAGE_PAGE",

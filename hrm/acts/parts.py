@@ -11,7 +11,7 @@ from hrm.acts.load import Load, of_each_part
 from hrm.acts.pages import pages_up_to
 from hrm.contract.rings import EXPERT_SLOTS
 from hrm.numeric import Number
-from hrm.tasks import Act, Buffer, Lane, Part, Phase, TaskId, Touch
+from hrm.tasks import Act, Buffer, BufferPart, Lane, Phase, TaskId, Touch
 
 if TYPE_CHECKING:
     from hrm.schedules.pipeline import Pipeline
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 PARTS = Buffer("slots for parts of experts", EXPERT_SLOTS)
 
 
-def _slot(p: "Pipeline", x: TaskId) -> Part:
+def _slot(p: "Pipeline", x: TaskId) -> BufferPart:
     return PARTS.turn(p.part_number(x.step, x.layer, x.index))
 
 
 def part_acts(
-    phase: Phase, *, hidden: Callable[["Pipeline", TaskId], Part], seconds: Callable[[Load, Number], Number]
+    phase: Phase, *, hidden: Callable[["Pipeline", TaskId], BufferPart], seconds: Callable[[Load, Number], Number]
 ) -> tuple[Act, Act]:
     """LOAD_PART and PART_EXPERTS of a phase; `hidden` is where a micro-batch or chunk has them after the layer."""
 

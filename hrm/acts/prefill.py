@@ -7,13 +7,23 @@ layer, when they do not go there, its output comes to the GPU instead.
 from typing import TYPE_CHECKING, Final
 
 from hrm import operators
-from hrm.acts.load import Counts, each, hidden_bytes, if_experts_on_cpu, in_each_layer, of_a_rank, reached_expert_bytes
+from hrm.acts.load import (
+    Counts,
+    each,
+    hidden_bytes,
+    if_experts_on_cpu,
+    in_each_layer,
+    of_a_rank,
+    reached_expert_bytes,
+    to_gpu,
+    to_host,
+)
 from hrm.acts.pages import page_acts, pages_up_to
 from hrm.acts.parts import part_acts
 from hrm.acts.sums import sum_acts
 from hrm.contract.rings import BUFFERS
 from hrm.numeric import Number
-from hrm.tasks import Act, Buffer, Lane, Part, Phase, TaskId, Touch
+from hrm.tasks import Act, Buffer, BufferPart, Lane, Phase, TaskId, Touch
 
 if TYPE_CHECKING:
     from hrm.schedules.pipeline import Pipeline
@@ -35,19 +45,19 @@ def _turn(p: "Pipeline", x: TaskId) -> int:
     return x.layer * p.num_micro_batches + x.index
 
 
-def _hidden(p: "Pipeline", x: TaskId, piece: int) -> Part:
+def _hidden(p: "Pipeline", x: TaskId, piece: int) -> BufferPart:
     return HIDDEN.turn(_turn(p, x), piece)
 
 
-def _kv(p: "Pipeline", x: TaskId) -> Part:
+def _kv(p: "Pipeline", x: TaskId) -> BufferPart:
     return KV.turn(_turn(p, x))
 
 
-def _routed(p: "Pipeline", x: TaskId, piece: int) -> Part:
+def _routed(p: "Pipeline", x: TaskId, piece: int) -> BufferPart:
     return ROUTED.turn(_turn(p, x), piece)
 
 
-def _host_hidden(p: "Pipeline", x: TaskId) -> Part:
+def _host_hidden(p: "Pipeline", x: TaskId) -> BufferPart:
     """Hidden states before a layer, on the host."""
     return (HOST_HIDDEN, x.index, x.layer, AFTER if p.cpu_experts[x.layer - 1] else BEFORE)
 
@@ -84,7 +94,7 @@ def _cpu_experts(p: "Pipeline", x: TaskId) -> Touch:
     return (reads, ((*added, AFTER),))
 
 
-def _after_layers(p: "Pipeline", x: TaskId) -> tuple[Part, ...]:
+def _after_layers(p: "Pipeline", x: TaskId) -> tuple[BufferPart, ...]:
     reads = (_hidden(p, x, AFTER),)
     return (*reads, _routed(p, x, OUTPUT)) if p.cpu_experts[x.layer] else reads
 
@@ -101,7 +111,8 @@ def _if_last_on_cpu(c: Counts) -> Number:
     return c.pieces * (c.last_cpu_experts >= 1)
 
 
-STAGE_PAGE, LOAD_PAGE = page_acts(Phase.PREFILL)
+PAGES: Final = page_acts(Phase.PREFILL)
+LOAD_PAGE: Final = PAGES[-1]
 LOAD_PART, PART_EXPERTS = part_acts(
     Phase.PREFILL,
     hidden=lambda p, x: _hidden(p, x, AFTER),
@@ -116,28 +127,24 @@ REDUCE_HIDDEN, REDUCE_ATTENTION, REDUCE_LAST = sum_acts(
     last=lambda p, x: (_after_layers(p, x), (_hidden(p, x, LAST_SUM),)),
     last_s=lambda x, _: x.costs.of_ends(x.requests, x.costs.all_reduce),
 )
-EMBED: Final = Act(
+EMBED: Final = to_gpu(
     letter="E",
     name="EMBED",
     words="token embeddings gathered on the host and moved to the GPU",
     phase=Phase.PREFILL,
-    lane=Lane.H2D,
     touches=lambda p, x: ((), (_hidden(p, x, BEFORE),)),
     count=each,
     moves=hidden_bytes,
-    seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
     chained=True,
 )
-LOAD_HIDDEN: Final = Act(
+LOAD_HIDDEN: Final = to_gpu(
     letter="H",
     name="LOAD_HIDDEN",
     words="attention output (decode) or hidden states (prefill) to the GPU",
     phase=Phase.PREFILL,
-    lane=Lane.H2D,
     touches=lambda p, x: ((_host_hidden(p, x),), (_hidden(p, x, BEFORE),)),
     count=_between_layers,
     moves=hidden_bytes,
-    seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
     chained=True,
 )
 PREFILL_ATTENTION: Final = Act(
@@ -166,39 +173,33 @@ PREFILL_LAYER: Final = Act(
     by_ffn=True,
     chained=True,
 )
-STORE_KV: Final = Act(
+STORE_KV: Final = to_host(
     letter="V",
     name="STORE_KV",
     words="new keys and values to the host",
     phase=Phase.PREFILL,
-    lane=Lane.D2H,
     touches=lambda p, x: ((_kv(p, x),), ((HOST_KV, (x.layer, x.index), 1, 0),)),
     count=in_each_layer,
     moves=lambda x: x.stored_share * x.kind.mixer.cache_bytes(x.formats, x.tokens / x.context, x.tokens),
-    seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
 )
-STORE_HIDDEN: Final = Act(
+STORE_HIDDEN: Final = to_host(
     letter="O",
     name="STORE_HIDDEN",
     words="hidden states of a chunk of prompts to the host",
     phase=Phase.PREFILL,
-    lane=Lane.D2H,
     touches=lambda p, x: ((_hidden(p, x, AFTER),), ((HOST_HIDDEN, x.index, x.layer + 1, BEFORE),)),
     count=_between_layers,
     moves=hidden_bytes,
-    seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
     chained=True,
 )
-OFFLOAD_TOKENS: Final = Act(
+OFFLOAD_TOKENS: Final = to_host(
     letter="X",
     name="OFFLOAD_TOKENS",
     words="normed tokens and their routing to the host",
     phase=Phase.PREFILL,
-    lane=Lane.D2H,
     touches=lambda p, x: ((_routed(p, x, TOKENS),), (HOST_ROUTED.turn(_turn(p, x)),)),
     count=if_experts_on_cpu,
     moves=lambda x: x.costs.going_on(x, lambda tokens: operators.routed_token_bytes(x.spec, x.formats, tokens)),
-    seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
     of_cpu_experts=True,
     chained=True,
 )
@@ -215,16 +216,14 @@ CPU_EXPERTS: Final = Act(
     of_cpu_experts=True,
     chained=True,
 )
-LOAD_EXPERT_OUTPUT: Final = Act(
+LOAD_EXPERT_OUTPUT: Final = to_gpu(
     letter="Y",
     name="LOAD_EXPERT_OUTPUT",
     words="their output to the GPU",
     phase=Phase.PREFILL,
-    lane=Lane.H2D,
     touches=lambda p, x: (((HOST_HIDDEN, x.index, x.layer + 1, AFTER),), (_routed(p, x, OUTPUT),)),
     count=_if_last_on_cpu,
     moves=lambda x: x.costs.going_on(x, lambda tokens: operators.hidden_bytes(x.spec, x.formats, tokens)),
-    seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
     of_last=True,
     chained=True,
 )
@@ -253,8 +252,7 @@ ALL: Final = (
     STORE_HIDDEN,
     CPU_EXPERTS,
     LOAD_EXPERT_OUTPUT,
-    LOAD_PAGE,
-    STAGE_PAGE,
+    *PAGES,
     LOAD_PART,
     REDUCE_LAST,
     SAMPLE,

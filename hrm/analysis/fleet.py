@@ -28,7 +28,7 @@ _S_PER_HOUR: Final = 3600
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class MachineKind:
     """So many machines that are alike, what is searched on each, and what one costs an hour."""
 
     name: str
@@ -80,7 +80,7 @@ class _Turn:
         return max(result.best.seconds for result in self.results if result.best is not None)
 
 
-def plan_fleet(kinds: Sequence[Kind], *, on_point: OnPoint = None) -> Fleet:
+def plan_fleet(kinds: Sequence[MachineKind], *, on_point: OnPoint = None) -> Fleet:
     """Share a job out over the kinds, whose spaces have the same workload, so that all end together.
 
     Shares are in proportion to throughput. Of a job that ends, that is what a machine reaches with
@@ -107,7 +107,9 @@ def plan_fleet(kinds: Sequence[Kind], *, on_point: OnPoint = None) -> Fleet:
     return _fleet(kinds, best)
 
 
-def _searched(kinds: Sequence[Kind], requests: list[int | None], before: _Turn | None, on_point: OnPoint) -> _Turn:
+def _searched(
+    kinds: Sequence[MachineKind], requests: list[int | None], before: _Turn | None, on_point: OnPoint
+) -> _Turn:
     """A search for every kind, but for those that get no requests as nothing fitted before."""
     results: list[SearchResult] = []
     for index, (kind, asked) in enumerate(zip(kinds, requests, strict=True)):
@@ -122,12 +124,12 @@ def _searched(kinds: Sequence[Kind], requests: list[int | None], before: _Turn |
     return _Turn(requests, results)
 
 
-def _together(kinds: Sequence[Kind], amounts: Sequence[float]) -> float:
+def _together(kinds: Sequence[MachineKind], amounts: Sequence[float]) -> float:
     """What all machines make of an amount that one of each kind has."""
     return fsum(kind.count * amount for kind, amount in zip(kinds, amounts, strict=True))
 
 
-def _fleet(kinds: Sequence[Kind], turn: _Turn) -> Fleet:
+def _fleet(kinds: Sequence[MachineKind], turn: _Turn) -> Fleet:
     workload, rates = kinds[0].space.workload, turn.rates
     tokens_per_s, seconds = _together(kinds, rates), None
     work: Sequence[float] = rates

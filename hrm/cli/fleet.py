@@ -111,12 +111,12 @@ fleet_options = together(
 
 def show_fleet(choice: FleetChoice, compared: Compared, output: TableOutput) -> None:
     """Show a row for every kind of machine, and what all do together."""
-    from hrm.analysis.fleet import Kind, plan_fleet
+    from hrm.analysis.fleet import MachineKind, plan_fleet
 
     if output.plot is not None:
         raise PolicyError("--plot", str(output.plot), "goes with --pareto", "leave it out: a fleet comes as a table")
     kinds = [
-        Kind(kind, count, space, choice.prices.get(kind))
+        MachineKind(kind, count, space, choice.prices.get(kind))
         for (kind, count), space in zip(choice.counts.items(), compared.spaces, strict=True)
     ]
     with searching(None) as on_point:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 from rich.table import Column
 
-from hrm.catalog import Part, list_files
+from hrm.catalog import CatalogPart, list_files
 from hrm.cli.console import as_is, console, plain_table, print_json
 from hrm.cli.machine_table import print_card, print_host, print_profile
 from hrm.cli.params import json_option
@@ -88,7 +88,7 @@ def _show(name: str, *, as_json: bool, as_yaml: bool) -> None:
             print_host(machine)
 
 
-def _machine(name: str) -> Part:
+def _machine(name: str) -> CatalogPart:
     """The GPU, host or machine of that name, or the machine that `4xT4` is composed to."""
     is_composed = re.match(r"\s*\d+\s*[x×]", name, re.IGNORECASE) or ("+" in name and len(parse_gpus(name)) > 1)
     return compose(name) if is_composed else load_any(name)

@@ -219,7 +219,7 @@ def _print_chunks(policy: Policy, workload: Workload) -> None:
 def _kv_cache(policy: Policy) -> str:
     """Where the KV cache lies, and in which format if it is not the dtype."""
     on_gpu, number = policy.gpu_kv_micro_batches, policy.num_micro_batches
-    form = "" if policy.kv_format == policy.dtype else f", in {policy.kv_format}"
+    form = f", in {policy.other_kv_format}" if policy.other_kv_format else ""
     if 0 < on_gpu < number:
         return f"the KV cache of {on_gpu} of {number} micro-batches on the GPU{form}"
     return f"the KV cache in {'GPU' if on_gpu else 'host'} memory{form}"
@@ -343,15 +343,13 @@ def _print_ways(search: SearchResult) -> None:
     table = plain_table("several GPUs", "tokens/s", "why")
     for way in sorted(search.ways, key=lambda way: not way.is_of(chosen)):
         name = f"{_way_text(way)}{' (chosen)' if way.is_of(chosen) else ''}"
-        if way.at_most_tokens_per_s:
-            table.add_row(
-                name, f"≤ {way.at_most_tokens_per_s:.4g}", "too little to gain, by a bound on all policies so"
-            )
-        elif way.best is None:
-            table.add_row(name, "–", way.obstacle or "no policy fits so")
+        at_most = f"≤ {way.at_most_tokens_per_s:.4g}" if way.at_most_tokens_per_s and not way.is_of(chosen) else ""
+        if way.best is not None:
+            table.add_row(name, f"{way.best.tokens_per_s:.4g} {at_most}".strip(), _about_way(way, way.best))
+        elif at_most:
+            table.add_row(name, at_most, "too little to gain, by a bound on all policies so")
         else:
-            rate = f"{way.best.tokens_per_s:.4g}"
-            table.add_row(name, rate, _about_way(way, way.best))
+            table.add_row(name, "–", way.obstacle or "no policy fits so")
     console.print(table)
     console.print()
 

@@ -1,6 +1,5 @@
 """`hrm simulate`: what each lane does under a policy, as text, as a chart and as a Chrome trace."""
 
-from math import ceil
 from pathlib import Path
 from typing import Final
 
@@ -111,7 +110,7 @@ def simulate_plan(plan: PolicyFile, phase: Phase, *, num_steps: int | None) -> T
     costs = Costs(*part, policy.formats)
     parts = max(policy.parts(costs.spec, phase))
     if phase is Phase.PREFILL:
-        chunks = ceil(policy.batch_size * plan.workload.prompt_len / policy.prefill_chunk_tokens)
+        chunks = int(plan.workload.chunks(policy.batch_size, policy.prefill_chunk_tokens))
         _check_length(chunks, "chunk", costs.spec.num_layers)
         _check_length(chunks * parts, "part of experts", costs.spec.num_layers)
         return simulate_work(prefill_work(costs, policy, plan.workload))

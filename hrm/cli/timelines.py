@@ -101,8 +101,7 @@ def of_run(folder: Path, phase: Phase, steps: int | None) -> tuple[str, dict[str
 
 
 def _ran_on(run: RunRecord) -> str:
-    emulated = run.policy_file.profile.accelerator == "emulated"
-    return "emulated accelerator" if emulated else run.accelerator.name
+    return "emulated accelerator" if run.accelerator.emulated else run.accelerator.name
 
 
 def measured_steps(run: Path, trace: Trace, num_steps: int) -> tuple[int, Trace]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 RUNTIMES: Final = "hrm.host_kernels"  # entry points: functions that return HostKernels or None
 
 
-class Choices(Protocol):
+class CrossingSizes(Protocol):
     """Up to which size a runtime's own kernels do each kind of work, and torch what is larger."""
 
     def __call__(self, dtypes: "Sequence[str]", threads: int, *, packed: bool) -> "Mapping[str, int]":
@@ -42,7 +42,7 @@ class HostKernels:
     stage: "Callable[[Tensor, Tensor], object]"
     pack: "Callable[[int, int, str], object] | None" = None
     fuses_operators: bool = False
-    native_up_to: Choices | None = None
+    native_up_to: CrossingSizes | None = None
     sums_between: "Callable[[int, Sequence[int]], Mapping[int, Sequence[float]]] | None" = None
     seconds_a_task: "Callable[[int], Sequence[float]] | None" = None
 

@@ -2,8 +2,8 @@
 
 from typing import Final
 
-ALIGNMENT_BYTES: Final = 64  # temporaries start at multiples of this
-WORKSPACE_ROUNDING_BYTES: Final = 16 * ALIGNMENT_BYTES  # as so many at most are there at once
+TEMPORARY_ALIGNMENT_BYTES: Final = 64  # temporaries start at multiples of this
+WORKSPACE_ROUNDING_BYTES: Final = 16 * TEMPORARY_ALIGNMENT_BYTES  # as so many at most are there at once
 # Tokens of a later part of a prompt that a CPU attends with at once: more would compute much of the
 # future, fewer are slow.
 MASK_BLOCK_TOKENS: Final = 128

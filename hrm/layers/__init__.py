@@ -18,7 +18,7 @@ from hrm.layers.base import (
 )
 from hrm.layers.choices import Choices
 from hrm.layers.compressed import CompressedAttention
-from hrm.layers.division import Share, Span, layer_shares, tensor_share
+from hrm.layers.division import Stretch, TensorShare, layer_shares, tensor_share
 from hrm.layers.feed_forward import DenseFfn, ExpertDivision, RoutedExperts
 from hrm.layers.gated_delta import GatedDeltaNet
 from hrm.layers.grouped_query import GroupedQueryAttention
@@ -53,9 +53,9 @@ __all__ = [
     "Operator",
     "RecurrentMixer",
     "RoutedExperts",
-    "Share",
     "SoftmaxAttention",
-    "Span",
+    "Stretch",
+    "TensorShare",
     "TensorSpec",
     "Unit",
     "Vectors",

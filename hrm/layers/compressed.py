@@ -221,15 +221,11 @@ class CompressedAttention(SoftmaxAttention):
 
     def prefix_read_bytes(self, formats: Formats) -> int:
         """Keys as they lie in the cache, or as the numbers that its codes mean."""
-        if formats.kv_cache.is_scaled:
-            return formats.compute.bytes_of(self.head_dim)
-        return formats.kv_cache.row_bytes((self.head_dim,))
+        return formats.numbers_bytes((self.head_dim,))
 
     def prefix_bytes(self, formats: Formats) -> int:
         """What is cached of a token, in numbers."""
-        if formats.kv_cache.is_scaled:
-            return formats.compute.bytes_of(self.cached_elements)
-        return self.cached_bytes(formats)
+        return formats.numbers_bytes(self.cached_parts)
 
     @property
     def prefix_in_cache(self) -> bool:

@@ -15,7 +15,7 @@ from hrm.layers.base import Block, Section, Sections, TensorSpec
 from hrm.layers.layer import Layer
 
 
-class Span(NamedTuple):
+class Stretch(NamedTuple):
     """Rows or columns of the whole, `size` of them from `start` on, where there is `room` for as many or more."""
 
     start: int
@@ -23,18 +23,18 @@ class Span(NamedTuple):
     room: int
 
 
-class Share(NamedTuple):
+class TensorShare(NamedTuple):
     """What one GPU has of a tensor: these rows, one span after the other, and of each these columns."""
 
-    rows: tuple[Span, ...]
-    columns: Span
+    rows: tuple[Stretch, ...]
+    columns: Stretch
 
     @staticmethod
-    def whole(tensor: TensorSpec) -> "Share":
+    def whole(tensor: TensorSpec) -> "TensorShare":
         """All of it."""
         rows, *others = tensor.shape
         columns = prod(others)
-        return Share((Span(0, rows, rows),), Span(0, columns, columns))
+        return TensorShare((Stretch(0, rows, rows),), Stretch(0, columns, columns))
 
     @property
     def has_noughts(self) -> bool:
@@ -47,13 +47,13 @@ class Share(NamedTuple):
         return not self.columns.size or not any(span.size for span in self.rows)
 
 
-def tensor_share(tensor: TensorSpec, its: TensorSpec, rank: int, ranks: int) -> Share:
+def tensor_share(tensor: TensorSpec, its: TensorSpec, rank: int, ranks: int) -> TensorShare:
     """What one of `ranks` has of a tensor that lies outside blocks."""
     return _share(tensor, its, tensor.sections, its.sections, rank, ranks)
 
 
 @lru_cache(maxsize=256)
-def layer_shares(whole: Layer, its: Layer, rank: int, ranks: int) -> Mapping[str, Share]:
+def layer_shares(whole: Layer, its: Layer, rank: int, ranks: int) -> Mapping[str, TensorShare]:
     """What one of `ranks` has of every tensor of a layer, of which it has `its`; by the tensors' names."""
     return {
         tensor.name: _share_in(block, narrow, tensor, part, rank, ranks)
@@ -62,14 +62,14 @@ def layer_shares(whole: Layer, its: Layer, rank: int, ranks: int) -> Mapping[str
     }
 
 
-def _share_in(block: Block, narrow: Block, tensor: TensorSpec, part: TensorSpec, rank: int, ranks: int) -> Share:
+def _share_in(block: Block, narrow: Block, tensor: TensorSpec, part: TensorSpec, rank: int, ranks: int) -> TensorShare:
     if rank and part.name in narrow.summed_vectors:
-        return Share((Span(0, 0, part.shape[0]),), Span(0, 1, 1))
+        return TensorShare((Stretch(0, 0, part.shape[0]),), Stretch(0, 1, 1))
     return _share(tensor, part, block.sections_of(tensor), narrow.sections_of(part), rank, ranks)
 
 
-def _share(tensor: TensorSpec, part: TensorSpec, whole: Sections, its: Sections, rank: int, ranks: int) -> Share:
-    share = Share.whole(tensor)
+def _share(tensor: TensorSpec, part: TensorSpec, whole: Sections, its: Sections, rank: int, ranks: int) -> TensorShare:
+    share = TensorShare.whole(tensor)
     if whole and its:
         return share._replace(rows=_spans(whole, its, rank, ranks))
     if part.split == 1:
@@ -78,10 +78,10 @@ def _share(tensor: TensorSpec, part: TensorSpec, whole: Sections, its: Sections,
     return share
 
 
-def _spans(whole: Sections, its: Sections, rank: int, ranks: int) -> tuple[Span, ...]:
-    spans, end = list[Span](), 0
+def _spans(whole: Sections, its: Sections, rank: int, ranks: int) -> tuple[Stretch, ...]:
+    spans, end = list[Stretch](), 0
     for (count, size), (room, _) in zip(whole, its, strict=True):
         first = rank * count // ranks if count < ranks else min(rank * room, count)
-        spans.append(Span(end + first * size, min(room, count - first) * size, room * size))
+        spans.append(Stretch(end + first * size, min(room, count - first) * size, room * size))
         end += count * size
     return tuple(spans)

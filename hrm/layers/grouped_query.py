@@ -135,9 +135,7 @@ class GroupedQueryAttention(SoftmaxAttention):
 
     def prefix_read_bytes(self, formats: Formats) -> int:
         """Keys and values as they lie in the cache, or as the numbers that its codes mean."""
-        if formats.kv_cache.is_scaled:
-            return formats.compute.bytes_of(self.cached_elements)
-        return self.cached_bytes(formats)
+        return formats.numbers_bytes(self.cached_parts)
 
     @property
     def prefix_in_cache(self) -> bool:

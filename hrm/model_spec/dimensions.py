@@ -10,7 +10,7 @@ from hrm.strict import also_read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Latent:
+class LatentSizes:
     """The ranks and head sizes of latent attention; see `LatentAttention`."""
 
     kv_rank: int
@@ -47,7 +47,7 @@ class Dimensions:
     shared_intermediate_size: int = 0
     num_dense_layers: int = 0
     dense_intermediate_size: int = 0
-    latent_attention: Latent | None = None
+    latent_attention: LatentSizes | None = None
     attention_windows: tuple[int, ...] = ()
     other_layer_parameters: int = 0
     other_router_parameters: int = 0

@@ -12,10 +12,10 @@ from hrm.model_spec.quantisation import UNQUANTISED, Quantisation
 from hrm.model_spec.spec import ModelSpec
 
 # The names of a module in different families, any of which a config may speak of.
-Names = tuple[str, ...]
+ModuleNames = tuple[str, ...]
 
 
-def _ffn(*places: str) -> Mapping[str, tuple[Names, ...]]:
+def _ffn(*places: str) -> Mapping[str, tuple[ModuleNames, ...]]:
     """Of the gate, what it scales and the way back, where FFNs have one of these names."""
     gate, up, down = (
         tuple(f"{place}.{name}" for place in places for name in names)
@@ -26,12 +26,12 @@ def _ffn(*places: str) -> Mapping[str, tuple[Names, ...]]:
 
 _EXPERTS: Final = ("mlp.experts.0", "block_sparse_moe.experts.0", "feed_forward.experts.0", "mlp.experts")
 _SHARED: Final = ("mlp.shared_experts", "mlp.shared_expert", "feed_forward.shared_expert")
-_OF_FFN: Final[Mapping[str, tuple[Names, ...]]] = {
+_OF_FFN: Final[Mapping[str, tuple[ModuleNames, ...]]] = {
     **_ffn(*_EXPERTS),
     **{f"shared_{name}": modules for name, modules in _ffn(*_SHARED).items()},
     **{f"dense_{name}": modules for name, modules in _ffn("mlp", "feed_forward").items()},
 }
-_OF_ATTENTION: Final[Mapping[str, tuple[Names, ...]]] = {
+_OF_ATTENTION: Final[Mapping[str, tuple[ModuleNames, ...]]] = {
     "qkv": (("self_attn.q_proj",), ("self_attn.k_proj",), ("self_attn.v_proj",)),
     "output": (("self_attn.o_proj",),),
     "query": (("self_attn.q_proj",),),
@@ -40,7 +40,7 @@ _OF_ATTENTION: Final[Mapping[str, tuple[Names, ...]]] = {
     "kv_down": (("self_attn.kv_a_proj_with_mqa",),),
 }
 # Qwen3-Next's joined matrices and Qwen3.5's separate ones: what is convolved, the gate, decays and steps.
-_OF_DELTA: Final[Mapping[str, tuple[Names, ...]]] = {
+_OF_DELTA: Final[Mapping[str, tuple[ModuleNames, ...]]] = {
     "projections": tuple(
         (f"linear_attn.{joined}", f"linear_attn.{alone}")
         for joined, alone in (
@@ -123,7 +123,7 @@ def _obstacle(tensor: TensorSpec, forms: Collection[PackedFormat | None]) -> str
     return ""
 
 
-def _modules(block: Block, tensor: TensorSpec) -> Sequence[Names]:
+def _modules(block: Block, tensor: TensorSpec) -> Sequence[ModuleNames]:
     """The names of the modules that have the rows of a tensor, one after the other; none if it stays plain."""
     if isinstance(block, Mixer) and tensor.name in block.host_tensors:
         return ()

@@ -18,7 +18,7 @@ Rates = dict[str, float]  # calls a second of each worker
 
 
 @dataclass(frozen=True, slots=True)
-class Worker:
+class BusyLane:
     """What one lane does over and over; `enter` is called once in its thread.
 
     `host_bytes` is what a call reads and writes of the host's memory.
@@ -29,7 +29,7 @@ class Worker:
     host_bytes: float = 0.0
 
 
-def bytes_together(workers: Mapping[str, Worker], *, budget_s: float) -> Figure:
+def bytes_together(workers: Mapping[str, BusyLane], *, budget_s: float) -> Figure:
     """Bytes a second that all workers at once read and write of the host's memory.
 
     They run round after round: threads that happen to share a core get less, and which do is drawn
@@ -52,7 +52,7 @@ def shared_roof(together: Figure, read: Rate) -> Rate | None:
     return Rate(achieved=together) if together.value >= read.planned.value else None
 
 
-def run_together(workers: Mapping[str, Worker], seconds: float) -> Rates:
+def run_together(workers: Mapping[str, BusyLane], seconds: float) -> Rates:
     """Calls a second of each worker while all of them run for `seconds`.
 
     Raises what a worker raises. All threads have ended when this returns or raises, also if it is
@@ -62,7 +62,7 @@ def run_together(workers: Mapping[str, Worker], seconds: float) -> Rates:
     errors: list[Exception] = []
     start, stop = threading.Barrier(len(workers)), threading.Event()
 
-    def work(name: str, worker: Worker) -> None:
+    def work(name: str, worker: BusyLane) -> None:
         try:
             worker.enter()
             worker.call()

@@ -16,7 +16,7 @@ AGREES: Final = 0.25  # logarithmic error up to which a size takes part in the f
 MAX_GROUPS: Final = 7
 BENT: Final = 0.10  # a curve is kept if the straight line misses by more than this share
 
-Point = tuple[float, float]  # bytes, seconds
+TimedSize = tuple[float, float]  # bytes, seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class LinkFit:
     worst_miss: float
 
 
-def fit_link(points: Sequence[Point]) -> LinkFit:
+def fit_link(points: Sequence[TimedSize]) -> LinkFit:
     """Fit `(bytes, seconds)`; the latency is at least 0 and the bandwidth above 0."""
     assert len(points) >= 2, points
     lines = [(0.0, seconds / size) for size, seconds in points]
@@ -62,13 +62,13 @@ def fit_groups(samples: Mapping[Any, Sequence[float]]) -> list[LinkFit]:
     ]
 
 
-def _error(line: Point, point: Point) -> float:
+def _error(line: TimedSize, point: TimedSize) -> float:
     latency, slope = line
     size, seconds = point
     return abs(log((latency + slope * size) / seconds))
 
 
-def _least_squares(points: Sequence[Point]) -> Point:
+def _least_squares(points: Sequence[TimedSize]) -> TimedSize:
     """Latency and slope of least relative error; through the origin if it would be negative."""
     weighted = [(1 / seconds**2, size, seconds) for size, seconds in points]
     total = sum(w for w, _, _ in weighted)

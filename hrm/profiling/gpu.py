@@ -24,7 +24,7 @@ FIRST_WITH_BFLOAT16: Final = 8  # major compute capability
 
 
 @dataclass(frozen=True, slots=True)
-class Queued:
+class StreamWork:
     """Work for a stream of its own: `run` queues it, `wait` returns once it is done."""
 
     run: Call
@@ -58,7 +58,7 @@ class AbstractGpu(ABC):
         """Times calls that queue work on the calling thread's stream, on the GPU's own clock."""
 
     @abstractmethod
-    def queued(self, call: Call) -> Queued:
+    def queued(self, call: Call) -> StreamWork:
         """The call on a stream of its own."""
 
     @abstractmethod
@@ -133,7 +133,7 @@ class CudaGpu(AbstractGpu):
 
         return sample
 
-    def queued(self, call: Call) -> Queued:
+    def queued(self, call: Call) -> StreamWork:
         """The stream is made here, once; tensors must be whole before the first call.
 
         Waiting for a stream lets other threads of Python run.
@@ -144,7 +144,7 @@ class CudaGpu(AbstractGpu):
             with torch.cuda.stream(stream):
                 call()
 
-        return Queued(run, stream.synchronize)
+        return StreamWork(run, stream.synchronize)
 
     def wait(self) -> None:
         """All streams of the device."""

@@ -13,7 +13,7 @@ from typing import Final
 
 from hrm.closed_form import Point
 from hrm.formats import Formats
-from hrm.hardware import Figure, HardwareProfile, Host, Link, Rate, Source
+from hrm.hardware import HardwareProfile, Host, Link, Rate, Source
 from hrm.machines import assemble, load_gpu, load_host, load_profile
 from hrm.model_spec import ModelSpec, load_model
 from hrm.published.compare import ClosedForm, ComparedRun, closed_form, compare, machine_name
@@ -46,19 +46,16 @@ def machine_of(setup: str, *, shared_links: bool = False) -> HardwareProfile:
 def _share(link: Link, share: float) -> Link:
     if share == 1:
         return link
-    planned = link.bandwidth_bytes_per_s.planned
-    figure = Figure(value=share * planned.value, source=Source.ASSUMED, note="two cards share one link")
+    figure = link.bandwidth_bytes_per_s.planned.times(share, source=Source.ASSUMED, note="two cards share one link")
     return replace(link, bandwidth_bytes_per_s=Rate(achieved=figure))
 
 
 def _with_attention_of(host: Host, machine: HardwareProfile) -> Host:
     """The host with the other machine's CPU attention, by its number of cores."""
     cores = host.level.processor.cores / machine.host.processor.cores
-    figure = Figure(
-        value=machine.host.attention_bytes_per_s * cores,
-        source=Source.DERIVED,
-        note=f"as {machine.name}, by the number of cores",
-    )
+    rate = machine.host.processor.attention_bytes_per_s
+    assert rate is not None, machine.name
+    figure = rate.planned.times(cores, source=Source.DERIVED, note=f"as {machine.name}, by the number of cores")
     processor = replace(host.level.processor, attention_bytes_per_s=Rate(achieved=figure))
     return replace(host, level=replace(host.level, processor=processor))
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
-from hrm.acts import decode, prefill
+from hrm.acts import WEIGHT_ACTS, WeightActs, decode, prefill
+from hrm.acts.pages import on_its_way
 from hrm.contract.rings import EXPERT_SLOTS
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
@@ -90,6 +91,11 @@ class Pipeline:
         dense_pages = math.ceil(dense_share * num_pages) if self.dense_pages else 0
         return replace(self, num_pages=num_pages, dense_pages=dense_pages)
 
+    @property
+    def weight_acts(self) -> WeightActs:
+        """The acts of its phase by which weights move."""
+        return WEIGHT_ACTS[self.phase]
+
     # -- which tasks there are ------------------------------------------------------------------
 
     def attention_on_cpu(self, j: int) -> bool:
@@ -161,27 +167,24 @@ class Pipeline:
         if where is None:
             return
         t, i = where
-        acts = prefill if self.phase is Phase.PREFILL else decode
         for page in range(first, self.num_pages if last is None else last) if self.streamed[i] else ():
-            if self.staging:
-                yield TaskId(acts.STAGE_PAGE, i, page, t)
-            yield TaskId(acts.LOAD_PAGE, i, page, t)
+            for act in on_its_way(self.weight_acts.pages, self):
+                yield TaskId(act, i, page, t)
         if where == (0, 0) and any(self.parts):
             for number in range(EXPERT_SLOTS):
                 yield from self._load_part(number)
 
     def _load_part(self, number: int) -> Iterator[TaskId]:
         """Load the part that comes after so many others, if there are more."""
-        acts = prefill if self.phase is Phase.PREFILL else decode
         if (there := self._part_at(number)) is not None:
             t, i, index = there
-            yield TaskId(acts.LOAD_PART, i, index, t)
+            yield TaskId(self.weight_acts.load_part, i, index, t)
 
     def _part_experts(self, t: int, i: int, j: int) -> Iterator[TaskId]:
         """A micro-batch's or chunk's experts part by part; each makes room for the part to be loaded next."""
-        acts, parts = prefill if self.phase is Phase.PREFILL else decode, self.parts_of(i)
+        parts = self.parts_of(i)
         for index in range(j * parts, (j + 1) * parts):
-            yield TaskId(acts.PART_EXPERTS, i, index, t)
+            yield TaskId(self.weight_acts.part_experts, i, index, t)
             yield from self._load_part(self.part_number(t, i, index) + EXPERT_SLOTS)
 
     def page_slice(self, j: int, *, lookahead: int = 0) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from hrm.closed_form import Point, batch_terms, stacked
 from hrm.costs import Costs
+from hrm.lane_work import CHAIN
 from hrm.layers import Layer
 from hrm.numeric import Number
 from hrm.policy import ScheduleName
@@ -38,6 +39,7 @@ from hrm.search.smooth import smoothed
 from hrm.search.space import Kind, KvPlace, Space
 
 LARGEST: Final = 2.0**24  # micro-batch size, number of micro-batches
+FEW_REGIONS: Final = 6144  # within which a bound should show that a way is not worth a search, if it is to
 BUDGET: Final = 16_000  # regions; so many more, up to the second, only as long as they may tell
 LARGEST_BUDGET: Final = 64_000  # whether the best that is known may be called optimal
 ROUND: Final = 2048  # regions that are halved at once
@@ -46,8 +48,7 @@ PROGRESS: Final = 0.9  # of the excess over what is known is left at most, if it
 CLOSE: Final = 2e-3  # a region that is better by no more is not halved
 _IN_FLIGHT: Final = LOOKAHEAD + 1  # micro-batches, at most
 _NEARLY: Final = 1 - 1e-9  # all of the last layer: it may be that none of it is
-_CHAIN: Final = 6  # the place of their chain, or that of chunks, among the terms of a phase
-_ALONE: Final = 8  # that of a lone micro-batch where experts stream in parts
+_ALONE: Final = CHAIN + 2  # that of a lone micro-batch where experts stream in parts, after one more of these
 # The schedules whose every term is cheapest at the best corner; of others only the lanes are taken.
 _ALL_TERMS: Final = {ScheduleName.CGOPIPE, ScheduleName.DEEPSPEED}
 PhaseTerms = list[tuple[Floats, Floats]]  # weights of (contexts, 1), terms of (terms, contexts, regions)
@@ -64,6 +65,9 @@ class Bound:
     tokens_per_s: float
     regions: int
     kinds: frozenset[Kind] | None = None
+
+
+NO_BOUND: Final = Bound(inf, 0)
 
 
 def upper_bound(space: Space, known_tokens_per_s: float = 0.0, most_regions: int = LARGEST_BUDGET) -> Bound:
@@ -227,7 +231,7 @@ class Bounder:
         prefill, decode = self._phase_terms(regions, size, number, least_chunks=least_chunks)
         # Of a chain of tasks, as many are under way as there are micro-batches, up to a few.
         under_way = np.minimum(number, _IN_FLIGHT) / np.minimum(regions.high[NUMBER], _IN_FLIGHT)
-        decode[1][_CHAIN] *= np.minimum(under_way, 1.0)
+        decode[1][CHAIN] *= np.minimum(under_way, 1.0)
         return [(weights, terms / batch) for weights, terms in (prefill, decode)]
 
     def _at_least_of_batches(self, regions: Regions, phases: PhaseTerms, batches: Floats, requests: int) -> PhaseTerms:
@@ -297,7 +301,7 @@ class Bounder:
             for weights, terms in batch_terms(self.costs, point, schedule, self.space.workload)
         ]
         # Of many chunks so many are under way with the CPU's experts that their chain says no more than the lanes do.
-        found[0][1][_CHAIN] *= np.maximum(regions.gpu_prefill, regions.one_chunk)
+        found[0][1][CHAIN] *= np.maximum(regions.gpu_prefill, regions.one_chunk)
         if self.space.experts_per_part:
             found[1][1][_ALONE] *= regions.high[NUMBER] <= 1
         return found
@@ -316,10 +320,10 @@ class Bounder:
         """How far each side of a region is worth halving."""
         low, high = np.maximum(regions.low, 1e-9), np.maximum(regions.high, 1e-9)
         widths = np.log(high / low)
-        widths[CHUNK] *= 0.3 * (regions.one_chunk == 0)
+        widths[CHUNK] *= 0.05 * (regions.one_chunk == 0)  # prefill hardly changes with its chunks
         widths[KV] = regions.high[KV] - regions.low[KV]
         shares = (regions.high[RESIDENT] - regions.low[RESIDENT]) / self.spec.num_experts
-        widths[RESIDENT] = np.where(regions.gpu_ffn == 0, shares, 0.0)
+        widths[RESIDENT] = np.where(regions.gpu_ffn == 0, 2 * shares, 0.0)
         return widths
 
     def divided(self, regions: Regions) -> Regions:

@@ -50,7 +50,7 @@ class Boxes:
     more of the cache on the GPU change no term both ways. `terms` has three planes: values at the
     low corner, and what one more expert and one more micro-batch add; `is_plane` says whether they
     hold all over the box, and `divide_kv` along which side it is to be divided if not. Bytes at
-    both levels have two sets of four planes (`Bounder.boxes`).
+    both levels have two sets of four planes (`BoxMaker.boxes`).
     """
 
     rows: Ints
@@ -82,7 +82,7 @@ class Boxes:
 _FIELDS = tuple(Boxes.__dataclass_fields__)
 
 
-class Bounder:
+class BoxMaker:
     """Makes and divides boxes over the candidates of a grid, whose own residency is ignored."""
 
     def __init__(self, space: Space, rows: Grid) -> None:

@@ -140,6 +140,7 @@ class Grid:
 
 
 ALL_THAT_FIT: Final = 1000
+QUARTERS: Final = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the experts that fit: where the CPU computes others, fewer may do
 PART, CHUNK = 3, 4  # columns of places
 _ARRAYS = tuple(name for name in Grid.__dataclass_fields__ if name != "kind")
 _FITTED = ("most_residents", "resident_total", "fits")

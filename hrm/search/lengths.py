@@ -21,7 +21,7 @@ from hrm.policy import Parallelism, Policy, spread_experts
 from hrm.search.choose import TIE, ranked
 from hrm.search.constraints import allowed_s
 from hrm.search.fit import Ints, host_needed
-from hrm.search.grid import ALL_THAT_FIT, CHUNK, PART, make_grid
+from hrm.search.grid import ALL_THAT_FIT, CHUNK, PART, QUARTERS, make_grid
 from hrm.search.lattice import REACHES, around, chunk_ranges, distinct
 from hrm.search.longest import with_longest_chunks
 from hrm.search.polish import places_near
@@ -35,7 +35,6 @@ from hrm.tasks import Device
 
 BEAM: Final = 6  # candidates of a kind around which others are tried
 SIMULATED: Final = 8  # policies of all kinds at most, the best by their closed form
-_PARTS: Final = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the experts that fit, where the CPU computes the others
 
 
 def search_lengths(space: Space, lengths: Lengths, policies: Iterable[Policy]) -> Found:
@@ -125,7 +124,7 @@ class _Tried:
         Where the CPU computes experts, as many stay on the GPU as fit, or fewer.
         """
         first = policies[0]
-        parts = _PARTS if first.ffn is Device.CPU else _PARTS[:1]
+        parts = QUARTERS if first.ffn is Device.CPU else QUARTERS[:1]
         places = [_place(policy, part) for policy in policies for part in parts]
         return _Tried(_Stages(space.holding(first)), Kind.of_policy(first), distinct(np.array(places)))
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from hrm.errors import PolicyError
 from hrm.memory import plan_memory
-from hrm.search.boxes import Bounder, Boxes, Floats
+from hrm.search.boxes import Boxes, BoxMaker, Floats
 from hrm.search.choose import Candidate, choose
 from hrm.search.constraints import allowed_s, meets
 from hrm.search.fit import Ints, Weights
@@ -91,7 +91,7 @@ class ProgramsOfKind:
                 best = self._best_of(*boxes, best.tokens_per_s) or best
         return [] if best is None else [best]
 
-    def _boxes_of(self, pairs: Ints, chunks: list[int]) -> tuple[Bounder, Boxes] | None:
+    def _boxes_of(self, pairs: Ints, chunks: list[int]) -> tuple[BoxMaker, Boxes] | None:
         if not len(pairs):
             return None
         places = places_of(self.kind, pairs, chunks, (0.0,))
@@ -102,14 +102,14 @@ class ProgramsOfKind:
         columns = rows.micro_batch_size, rows.num_micro_batches, rows.chunk_tokens, rows.gpu_prefill_ffn
         _, first = np.unique(np.stack([*columns, rows.resident_dense]), axis=1, return_index=True)
         rows = rows.take(first)
-        bounder = Bounder(self.space, rows)
+        bounder = BoxMaker(self.space, rows)
         low = rows.gpu_kv_micro_batches
         high = rows.num_micro_batches - 1 if self.kind.kv is KvPlace.SOME else low
         boxes = bounder.whole(low, high)
         self.evaluations += bounder.evaluations
         return bounder, boxes
 
-    def _best_of(self, bounder: Bounder, boxes: Boxes, above: float) -> Candidate | None:
+    def _best_of(self, bounder: BoxMaker, boxes: Boxes, above: float) -> Candidate | None:
         """The best policy in the boxes that is better than `above`; None if it is proved not so."""
         best: Candidate | None = None
         size = FIRST_PROGRAM
@@ -150,7 +150,7 @@ class ProgramsOfKind:
         return Candidate(policy, float(scores(self.space, grid)[0])) if meets(self.space, grid).all() else None
 
 
-def best_in_program(bounder: Bounder, boxes: Boxes, above: float) -> tuple[int, int, int] | None:
+def best_in_program(bounder: BoxMaker, boxes: Boxes, above: float) -> tuple[int, int, int] | None:
     """(box, resident experts, micro-batches with KV on the GPU) of the best policy in the boxes.
 
     None if none is better than `above`, or if none fits.
@@ -169,7 +169,7 @@ class _Program:
     in units of the least that the box allows.
     """
 
-    def __init__(self, bounder: Bounder, boxes: Boxes) -> None:
+    def __init__(self, bounder: BoxMaker, boxes: Boxes) -> None:
         self.bounder, self.boxes, self.space = bounder, boxes, bounder.space
         self.columns = np.arange((4 + len(bounder.weights)) * len(boxes)).reshape(-1, len(boxes))
         self.chosen, self.experts, self.on_gpu, self.of_every_layer, *self.seconds = self.columns

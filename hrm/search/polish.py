@@ -1,81 +1,103 @@
 """The last step of a search: what the closed form cannot see, tried on the simulation itself."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Final
 
 import numpy as np
 
 from hrm.estimate import Estimate
-from hrm.policy import Policy
+from hrm.policy import Policy, in_whole_layers, spread_experts
 from hrm.search.choose import TIE, ranked
 from hrm.search.fit import Ints
-from hrm.search.grid import ALL_THAT_FIT, CHUNK, make_grid
+from hrm.search.grid import ALL_THAT_FIT, make_grid
 from hrm.search.lattice import chunk_ranges, levelled, limits, rounded
 from hrm.search.result import OPTIMAL_GAP
-from hrm.search.scores import scores
+from hrm.search.scores import score_of, scores
 from hrm.search.space import Kind, KvPlace, Space
 from hrm.tasks import Device
 
 ROUNDS: Final = 2
-# Factors by which numbers of micro-batches (of as many requests) and chunks are changed.
+# Factors by which numbers of micro-batches (of as many requests), their sizes and chunks are changed.
 _NUMBERS: Final = (0.5, 0.75, 1.25, 1.5, 2.0)
+_SIZES: Final = (0.9, 0.95, 0.98, 1.02, 1.05, 1.1)
 _CHUNKS: Final = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0)
+_KV_SHARES: Final = (-0.05, 0.05)  # and by which so much more of the KV cache is on the GPU
 
 
 def polished(space: Space, simulated: tuple[Estimate, ...], greatest_tokens_per_s: float) -> tuple[Estimate, ...]:
     """The simulated policies, best first, with better ones among them if there are any near by.
 
-    Only where waits cost the best of them more than a policy that is called optimal may lie below
-    the closed form: its number of micro-batches and its chunks are then changed, one at a time.
+    Resident experts may as well be those of whole layers. Micro-batches, their number and caches, and chunks are
+    changed one at a time, if that is better in closed form than all that was found or, where waits cost the best more
+    than a policy that is called optimal may lie below the closed form, than what it does.
     """
     known = {predicted.policy: predicted for predicted in simulated}
     for _ in range(ROUNDS):
         found = ranked(list(known.values()))
-        if not found or found[0].tokens_per_s >= greatest_tokens_per_s * (1 - OPTIMAL_GAP):
+        if not found:
             return found
-        best = found[0].tokens_per_s
-        for policy in _near(space, found[0], max(best, space.known_tokens_per_s)):
-            if policy not in known and (predicted := space.allowed_above(best * (1 - TIE), policy)):
+        first = best = found[0].tokens_per_s
+        waits = best < greatest_tokens_per_s * (1 - OPTIMAL_GAP)
+        enough = max(best if waits else greatest_tokens_per_s, space.known_tokens_per_s) * (1 + TIE)
+        for policy in _near(space, found[0], enough):
+            if policy in known:
+                continue
+            predicted = space.allowed_above(best * (1 - TIE), policy)
+            if predicted is not None and predicted.memory.fits:
                 known[policy] = predicted
                 best = max(best, predicted.tokens_per_s)
-        if best <= found[0].tokens_per_s * (1 + TIE):
+        if best <= first * (1 + TIE):
             break
     return ranked(list(known.values()))
 
 
-def _near(space: Space, best: Estimate, tokens_per_s: float) -> list[Policy]:
-    """Policies near by that fit and that might be better than that by their closed form."""
+def _near(space: Space, best: Estimate, enough: float) -> list[Policy]:
+    """Policies near by that fit and are better than that in closed form, and this one with whole layers resident."""
     policy = best.policy
-    kind = Kind.of_policy(policy)
-    grid = make_grid(space, kind, places_near(space, policy))
+    grid = make_grid(space, Kind.of_policy(policy), places_near(space, policy))
     alike = (grid.resident_dense == policy.resident_dense) & (
         grid.gpu_prefill_ffn == (policy.prefill_ffn is Device.GPU)
     )
     grid = grid.take(np.flatnonzero(grid.fits & alike))
-    may_win = np.flatnonzero(scores(space, grid) > tokens_per_s * (1 + TIE))
-    return [grid.policy(space, int(index)) for index in may_win]
+    near = [grid.policy(space, int(index)) for index in np.flatnonzero(scores(space, grid) > enough)]
+    residents, in_whole = policy.resident_experts, _in_whole_layers(space, policy)
+    if residents != spread_experts(space.spec, sum(residents)):
+        return list(map(partial(_in_whole_layers, space), near))
+    return [in_whole, *near] if score_of(space, in_whole) > best.tokens_per_s * (1 + TIE) else near
+
+
+def _in_whole_layers(space: Space, policy: Policy) -> Policy:
+    return replace(policy, resident_experts=in_whole_layers(space.spec, sum(policy.resident_experts)))
 
 
 def places_near(space: Space, policy: Policy) -> Ints:
-    """The places of the policy with other numbers of micro-batches, and with other chunks, that the space allows."""
-    kv, number, share = Kind.of_policy(policy).kv, policy.num_micro_batches, policy.kv_share_on_gpu
-    others = rounded(number * np.array(_NUMBERS))
+    """The places of the policy with other micro-batches, another share of the cache on the GPU, and other chunks."""
+    size, number = policy.micro_batch_size, policy.num_micro_batches
     most_sizes, most_numbers = limits(space)
-    others = others[(others >= 1) & (others <= most_numbers)]
-    pairs = np.column_stack([-(-policy.batch_size // others), others])
-    pairs = pairs[pairs[:, 0] <= most_sizes]
+    sizes, numbers = rounded(size * np.array(_SIZES)), rounded(number * np.array(_NUMBERS))
+    numbers = numbers[numbers >= 1]
+    pairs = np.concatenate(
+        [
+            np.column_stack([sizes, np.full(len(sizes), number)]),
+            np.column_stack([-(-policy.batch_size // numbers), numbers]),
+        ]
+    )
+    pairs = pairs[(pairs[:, 0] >= 1) & (pairs[:, 0] <= most_sizes) & (pairs[:, 1] <= most_numbers)]
     pairs = levelled(pairs, space.workload.num_requests)
-    same = np.array([[policy.micro_batch_size, number]])
-    chunk = policy.prefill_chunk_tokens
-    chunks = np.rint(chunk * np.array(_CHUNKS)).astype(np.int64)
-    ranges = chunk_ranges(space)
-    inside = [(r.least <= chunks) & (chunks <= r.most) for r in ranges]
-    chunks = chunks[np.logical_or.reduce(inside)]
-    rows = np.zeros((len(pairs) + len(chunks), 5), np.int64)
-    rows[:, :2] = np.concatenate([pairs, np.repeat(same, len(chunks), axis=0)])
-    rows[:, 2] = np.rint(rows[:, 1] * share)
-    if kv is KvPlace.SOME:
+    chunk, longest = policy.prefill_chunk_tokens, chunk_ranges(space)[0].most
+    chunks = np.clip(np.rint(chunk * np.array(_CHUNKS)).astype(np.int64), 1, longest)
+    is_some = Kind.of_policy(policy).kv is KvPlace.SOME
+    shares = policy.kv_share_on_gpu + np.array(_KV_SHARES if is_some else ())
+    columns = [
+        (pairs[:, 0], pairs[:, 1], policy.kv_share_on_gpu, chunk),
+        (size, number, shares, chunk),
+        (size, number, policy.kv_share_on_gpu, chunks),
+    ]
+    rows = np.concatenate([np.column_stack(np.broadcast_arrays(*each)) for each in columns])
+    if is_some:
         rows = rows[rows[:, 1] > 1]
-        rows[:, 2] = np.clip(rows[:, 2], 1, rows[:, 1] - 1)
-    rows[:, 3] = ALL_THAT_FIT
-    rows[:, CHUNK] = np.concatenate([np.full(len(rows) - len(chunks), chunk), chunks])
-    return rows
+    counts = np.rint(rows[:, 1] * rows[:, 2])
+    counts = np.clip(counts, 1, rows[:, 1] - 1) if is_some else counts
+    parts = np.full(len(rows), ALL_THAT_FIT)
+    return np.column_stack([rows[:, 0], rows[:, 1], counts, parts, rows[:, 3]]).astype(np.int64)

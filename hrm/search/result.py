@@ -26,12 +26,12 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How several GPUs could divide the work, and the best policy so; None if there is none.
+    """How several GPUs could divide the work, and the best policy so that was found; None if none was.
 
     `obstacle` says why the model cannot be divided like that; it is empty if it can. `gpus` are the
     numbers of the only ones that would be used; all are if it is empty. `expert_division` is that of
-    tensor parallelism. A way that cannot be chosen is not searched: no policy so exceeds
-    `at_most_tokens_per_s`, which is 0 for all others.
+    tensor parallelism. A way of which a bound shows that it cannot be chosen is not searched, nor are kinds of its
+    policies: no policy so exceeds `at_most_tokens_per_s` then, which is 0 for ways that were searched whole.
     """
 
     parallelism: Parallelism

@@ -11,13 +11,12 @@ from hrm.estimate import Estimate
 from hrm.policy import Policy
 from hrm.search.choose import TIE
 from hrm.search.fit import Ints
-from hrm.search.grid import ALL_THAT_FIT, make_grid
+from hrm.search.grid import ALL_THAT_FIT, QUARTERS, make_grid
 from hrm.search.lattice import levelled
 from hrm.search.scores import scores
 from hrm.search.space import Kind, KvPlace, Space
 
 _SIZES: Final = 48
-_PARTS: Final = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the experts that fit, where fewer may be better
 _SIMULATED: Final = 4  # of the smaller plans that may be as fast
 
 
@@ -66,7 +65,7 @@ def _places(space: Space, kind: Kind, policy: Policy) -> Ints:
     return np.concatenate(
         [
             np.column_stack([pairs, on_gpu, np.full(len(pairs), round(part * ALL_THAT_FIT)), chunk])
-            for part in ((1.0,) if kind.gpu_ffn else _PARTS)
+            for part in (QUARTERS[:1] if kind.gpu_ffn else QUARTERS)
         ]
     )
 

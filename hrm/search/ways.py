@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
-from math import ceil, inf
+from math import ceil
 from typing import Final
 
 from hrm.errors import PolicyError
@@ -15,7 +15,7 @@ from hrm.latency import NO_LIMITS
 from hrm.layers import ExpertDivision
 from hrm.parallel import obstacle_to, part_of
 from hrm.policy import Parallelism, Policy
-from hrm.search.bound import CLOSE, LARGEST_BUDGET, Bound, upper_bound
+from hrm.search.bound import CLOSE, FEW_REGIONS, LARGEST_BUDGET, NO_BOUND, Bound, upper_bound
 from hrm.search.choose import TIE, ranked
 from hrm.search.constraints import within_limits
 from hrm.search.exhaustive import Exhaustive, rough
@@ -32,7 +32,6 @@ _EXHAUSTIVE: Final = Exhaustive()
 _EVENLY: Final = 0.01  # by more than this whole experts must be faster, as tokens may go to them less evenly
 # More than lengths of their own have brought beside even ones: 1.26 at most of what was tried.
 _LENGTHS_GAIN: Final = 1.3
-FEW_REGIONS: Final = 6144  # within which a bound should show that a way is not worth a search, if it is to
 _WORK: Final = ("evaluations", "regions", "seconds", "simulated")  # that searches took
 
 
@@ -98,14 +97,14 @@ def _search(space: Space, solver: Solver, runner_ups: int, *, bounded: bool) -> 
     ways = [searched.get(index, way) for index, way in enumerate(asked)]
     best = max(ways, key=_Searched.worth)
     if not any(way.found.interrupted for way in ways):
-        ways = [_with_lengths(way, solver, best) if way.lengths and way.hopeless is None else way for way in ways]
+        ways = [_with_lengths(way, solver, best) if way.lengths and not way.hopeless else way for way in ways]
     fastest = max(ways, key=_Searched.worth)
     chosen = fastest.with_runner_ups(runner_ups)
     ways[ways.index(fastest)] = chosen
     found = Found.best_of(way.found for way in ways)
-    most_regions = LARGEST_BUDGET if chosen.found.ranked else FEW_REGIONS
-    bound = Bound(inf, 0)
+    bound = NO_BOUND
     if bounded:
+        most_regions = LARGEST_BUDGET if chosen.found.ranked else FEW_REGIONS
         bound = _greatest(way.bound(found.greatest_tokens_per_s, most_regions) for way in ways)
     result = SearchResult(
         solver=solver.name,
@@ -122,7 +121,7 @@ def _search(space: Space, solver: Solver, runner_ups: int, *, bounded: bool) -> 
         ways=tuple(map(_Searched.told, ways)) if space.profile.num_gpus > 1 else (),
     )
     if result.best is None:
-        might_fit = any(way.hopeless is not None and way.hopeless.tokens_per_s > 0 for way in ways)
+        might_fit = any(way.hopeless and way.before.tokens_per_s > 0 for way in ways)
         return _not_better(result, space.known_tokens_per_s) if might_fit else _with_advice(result, space)
     if found.interrupted:
         return replace(result, outcome=Outcome.INTERRUPTED)
@@ -135,8 +134,9 @@ class _Searched:
 
     `part` is None if the model cannot be divided like that, which `obstacle` then says, and where what
     was found is of all stages together. `spaces` are what a bound on it is of, None if there is none to be had.
-    A pipeline whose stages may have `lengths` of their own is told which to begin with. If the bound `hopeless` has
-    shown that others are better, nothing was searched.
+    A pipeline whose stages may have `lengths` of their own is told which to begin with. The bound that was found
+    `before` a search is of all of it. If it has shown that others are better, the way is `hopeless` and was not
+    searched; nor were kinds of policies of which it has shown this.
     """
 
     parallelism: Parallelism
@@ -147,7 +147,8 @@ class _Searched:
     lengths: Lengths
     spaces: Sequence[Space] | None = ()
     found: Found = field(default_factory=Found)
-    hopeless: Bound | None = None
+    before: Bound = NO_BOUND
+    hopeless: bool = False
 
     @staticmethod
     def nothing_of(space: Space, parallelism: Parallelism, division: ExpertDivision) -> "_Searched":
@@ -174,15 +175,15 @@ class _Searched:
 
     def bound(self, known_tokens_per_s: float, most_regions: int = LARGEST_BUDGET) -> Bound:
         """A bound on all of it; with limits on waiting times there is none."""
-        if self.hopeless is not None:
-            return self.hopeless
+        if self.hopeless or self.before.tokens_per_s <= known_tokens_per_s * (1 + CLOSE):
+            return self.before
         if self.spaces is None or self.whole.limits != NO_LIMITS:
-            return Bound(inf, 0)
+            return NO_BOUND
         return _greatest(upper_bound(one, known_tokens_per_s, most_regions) for one in self.spaces)
 
     def promise(self) -> float:
         """About the throughput that a search will find, by which it is decided what is searched first."""
-        return 0.0 if self.part is None or self.hopeless is not None else rough(self.part) / self.handicap
+        return 0.0 if self.part is None or self.hopeless else rough(self.part) / self.handicap
 
     @property
     def handicap(self) -> float:
@@ -205,9 +206,14 @@ class _Searched:
 
     def told(self) -> Way:
         """The way with the best policy so."""
-        at_most = 0.0 if self.hopeless is None else self.hopeless.tokens_per_s
-        way = Way(self.parallelism, self.best, self.obstacle, expert_division=self.division)
-        return replace(way, at_most_tokens_per_s=at_most)
+        is_whole = not self.hopeless and (self.part is None or self.part.kinds_left is None)
+        return Way(
+            parallelism=self.parallelism,
+            best=self.best,
+            obstacle=self.obstacle,
+            expert_division=self.division,
+            at_most_tokens_per_s=0.0 if is_whole else self.before.tokens_per_s,
+        )
 
     def of_whole(self, of_part: Estimate) -> Estimate:
         """What a part's policy does where the whole machine is so divided."""
@@ -250,23 +256,23 @@ def _searched(way: _Searched, solver: Solver, best: _Searched | None) -> _Search
     """What is found in one way, where `best` is the best of others: nothing if a bound shows that it is not better."""
     if best is not None and best.worth() > way.whole.known_tokens_per_s:
         way = _without_hope(way, best)
-    if way.part is None or way.hopeless is not None:
+    if way.part is None or way.hopeless:
         return way
     found = _found(replace(way.part, known_tokens_per_s=_known(way, _worth(way, best))), solver)
     return replace(way, found=found).with_spaces(found.ranked[0].policy if found.ranked else None)
 
 
 def _without_hope(way: _Searched, best: _Searched | None) -> _Searched:
-    """The way, with the bound that shows that it is not better than `best`, the best of others, if one does."""
+    """The way without what a bound shows to be no better than `best`, the best of others: all of it, or kinds."""
     worth, part = _worth(way, best), way.part
-    if part is None or way.hopeless is not None or not worth:
+    if part is None or way.hopeless or not worth:
         return way
     way = way.with_spaces(best.found.ranked[0].policy if best is not None and best.found.ranked else None)
     bound = way.bound(worth, FEW_REGIONS)
-    if bound.tokens_per_s <= worth * way.handicap * (1 + CLOSE):
-        return replace(way, hopeless=bound)
-    # Of a way that is compared with others the best is told, whether or not it is better than theirs.
-    return way if best is not None else replace(way, part=replace(part, kinds_left=bound.kinds))
+    hopeless = bound.tokens_per_s <= worth * way.handicap * (1 + CLOSE)
+    are_fewer = bound.kinds is not None and len(bound.kinds) < len(part.kinds())
+    left = replace(part, kinds_left=bound.kinds) if are_fewer and not hopeless else part
+    return replace(way, part=left, before=bound, hopeless=hopeless)
 
 
 def _worth(way: _Searched, best: _Searched | None) -> float:

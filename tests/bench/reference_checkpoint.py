@@ -16,9 +16,10 @@ from typing import Any, Final
 import torch
 from safetensors.torch import save_file
 
-from executor.checkpoint_files import CONFIG_FILE, INDEX_FILE
+from executor.checkpoint_files import INDEX_FILE
 from executor.families import FAMILIES
 from executor.random_weights import RandomWeights
+from hrm.hub import CONFIG_FILE
 from hrm.model_spec import ModelSpec, spec_from_hf_config
 
 NAME: Final = "mixtral-1.1b-random"

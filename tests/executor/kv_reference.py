@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-GREATEST = {"int8": 127, "fp8": 448}
+GREATEST = {"int8": 127, "fp8": 448, "e5m2": 57344}
+FLOATS = {"fp8": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 def meant(x: torch.Tensor, form: str) -> torch.Tensor:
@@ -14,7 +15,7 @@ def meant(x: torch.Tensor, form: str) -> torch.Tensor:
     greatest = GREATEST[form]
     scale = (x.abs().amax(-1, keepdim=True) / greatest).bfloat16().float()
     codes = torch.where(scale > 0, x / scale, 0.0).clamp(-greatest, greatest)
-    return scale * (codes.round() if form == "int8" else codes.to(torch.float8_e4m3fn).float())
+    return scale * (codes.to(FLOATS[form]).float() if form in FLOATS else codes.round())
 
 
 def quantise_as(form: str, model: Any, patched: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,7 @@ class ByHand:
                 step, layer = self._loaded(index - WEIGHT_SLOTS)
                 yield last_reader._replace(layer=layer, step=step)
             if self.pipeline.staging:
-                yield x._replace(act=self._acts.STAGE_PAGE)
+                yield x._replace(act=self._acts.PAGES[0])
             return
         assert x.act.name == "STAGE_PAGE", x
         pages_before = index * self.pipeline.num_pages + x.index

@@ -7,7 +7,7 @@ from typing import Any, Final
 from hrm.hardware import Figure, HardwareProfile, Link, LinkKind, MemoryLevel, Processor, Rate, Source
 from hrm.layers import GatedDeltaNet
 from hrm.model_spec import Dimensions, ModelSpec
-from hrm.model_spec.dimensions import Latent
+from hrm.model_spec.dimensions import LatentSizes
 from hrm.schedules import Pipeline
 from hrm.tasks import Device, Phase
 from hrm.units import GB
@@ -125,7 +125,7 @@ def random_varied_spec(rng: Random) -> ModelSpec:
         windows = tuple(rng.choice([0, 16, 64]) for _ in range(plain.num_layers))
         plain = replace(plain, attention_windows=windows)
     if rng.random() < 0.5:
-        latent = Latent(
+        latent = LatentSizes(
             kv_rank=24, rope_head_dim=8, nope_head_dim=16, value_head_dim=12, query_rank=rng.choice([0, 20])
         )
         plain = replace(plain, latent_attention=latent, head_dim=24, num_kv_heads=plain.num_heads)

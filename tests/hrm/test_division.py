@@ -17,7 +17,7 @@ from hrm.layers import (
     Mamba2,
     Mixer,
     RoutedExperts,
-    Share,
+    TensorShare,
     layer_shares,
     tensor_share,
 )
@@ -79,11 +79,11 @@ JOINED = {
 }
 
 
-def rows_of(share: Share) -> Iterator[int]:
+def rows_of(share: TensorShare) -> Iterator[int]:
     return (span.start + i for span in share.rows for i in range(span.size))
 
 
-def owners(shares: list[Share], rows: int) -> list[list[int]]:
+def owners(shares: list[TensorShare], rows: int) -> list[list[int]]:
     """The ranks that have each row."""
     found = [list[int]() for _ in range(rows)]
     for rank, share in enumerate(shares):

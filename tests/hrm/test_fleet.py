@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from hrm.analysis.fleet import Kind, plan_fleet
+from hrm.analysis.fleet import MachineKind, plan_fleet
 from hrm.cli.fleet import _fleet_of
 from hrm.errors import HrmError
 from hrm.machines import compose
@@ -24,7 +24,7 @@ NONE = machine(gpu_bytes=1 * MB, cpu_bytes=1 * MB)
 
 def kinds(*counted, requests=None):
     workload = replace(WORKLOAD, num_requests=requests)
-    return [Kind(f"kind{i}", n, Space(SPEC, profile, workload)) for i, (n, profile) in enumerate(counted)]
+    return [MachineKind(f"kind{i}", n, Space(SPEC, profile, workload)) for i, (n, profile) in enumerate(counted)]
 
 
 def alone(profile, requests=None):

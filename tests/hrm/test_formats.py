@@ -6,7 +6,7 @@ from random import Random
 import pytest
 import torch
 
-from hrm.costs import Costs, TaskWork
+from hrm.costs import ALONE, Costs, TaskWork
 from hrm.errors import PolicyError
 from hrm.formats import ALIGNMENT_BYTES, FORMATS, SCALED_KV_FORMATS, Formats, kv_format
 from hrm.model_spec import ModelSpec
@@ -64,7 +64,7 @@ def test_a_policy_is_complete_in_its_formats():
 def works(spec: ModelSpec, policy: Policy) -> list[TaskWork]:
     costs = Costs(spec, machine(), policy.formats)
     both = decode_work(costs, policy, 45.0, num_steps=1), prefill_work(costs, policy, WORKLOAD)
-    return [replace(work, stretch=1.0) for work in both]
+    return [replace(work, stretch=ALONE) for work in both]
 
 
 def moved(work: TaskWork, policy: Policy) -> dict[str, tuple[int, float]]:

@@ -15,7 +15,7 @@ from hrm.errors import ModelError, ProfileError
 from hrm.formats import FORMATS, Formats
 from hrm.layers import Layer, RoutedExperts
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
-from hrm.model_spec.dimensions import Latent
+from hrm.model_spec.dimensions import LatentSizes
 from hrm.strict import decode_strictly
 from tests.hrm.support import TINY, gated_delta, random_varied_spec, tiny_spec
 
@@ -44,7 +44,7 @@ ADVERTISED = {
     "phi-3.5-moe": (41.9, 6.6),
     "olmoe-1b-7b": (6.9, 1.3),
 }
-LATENT = Latent(kv_rank=24, rope_head_dim=8, nope_head_dim=16, value_head_dim=12)
+LATENT = LatentSizes(kv_rank=24, rope_head_dim=8, nope_head_dim=16, value_head_dim=12)
 EVERYTHING = tiny_spec(
     num_kv_heads=4,
     head_dim=24,

@@ -80,9 +80,7 @@ def test_a_schedule_of_ones_own_is_searched_for_simulated_and_drawn(mine, small_
 def test_its_name_is_kept_in_files_and_a_name_that_nobody_added_is_none(mine):
     policy = replace(a_policy(Random(5), SPEC), schedule=mine)
     assert msgspec.json.decode(msgspec.json.encode(policy), type=Policy) == policy
-    assert list(ScheduleName) == [
-        ScheduleName(name) for name in ("cgopipe", "flexgen", "flexgen-c", "fastdecode", "deepspeed")
-    ]
+    assert mine not in list(ScheduleName)  # what is listed is ours
     with pytest.raises(ValueError, match="nobody's"):
         ScheduleName("nobody's")
 

@@ -188,6 +188,21 @@ def test_residents_may_be_all_of_some_layers_experts_and_none_of_the_others(mode
         assert 0.98 * ceiling <= predicted <= ceiling * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("seed", [100_044, 101_115, 101_280])
+def test_what_is_found_is_no_better_with_its_residents_in_whole_layers(seed):
+    """Where the CPU computes the others, few layers with some of them cost less than all with a few."""
+    case = random_case(Random(seed))
+    best = searched(case).require()
+    spec, total = best.part.spec, sum(best.policy.resident_experts)
+    whole, rest = divmod(total, spec.num_experts)
+    having = [spec.num_experts] * whole + [rest] * (rest > 0)
+    residents = (*having, *[0] * (spec.num_layers - len(having)))
+    policy = replace(best.policy, resident_experts=residents)
+    assert plan_memory(case.spec, policy, case.profile).fits
+    again = estimate(case.spec, policy, case.profile, case.workload)
+    assert again.tokens_per_s <= best.tokens_per_s * 1.002
+
+
 def test_a_host_smaller_than_the_model_is_searched_whole():
     """All of it fits the GPUs: this once gave 213.6 tokens/s, called optimal."""
     profile = with_memory(compose("2xA100-80G"), cpu_memory_bytes=64 * GB)

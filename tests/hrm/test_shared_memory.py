@@ -11,6 +11,7 @@ from hrm.costs import Costs
 from hrm.estimate import estimate
 from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
+from hrm.lane_work import CHAIN
 from hrm.phases import decode_work, prefill_work, simulate_work, step_seconds
 from hrm.policy import Policy, ScheduleName, kv_tokens_for
 from hrm.tasks import Device, Phase
@@ -103,6 +104,14 @@ def test_a_step_is_as_long_as_the_hosts_memory_needs_where_that_is_the_limit():
     assert simulated_s < 1.2 * max(lanes.values())
     assert estimate(spec, policy, scarce, WORKLOAD).limits.decode.cause is Cause.HOST_MEMORY
     assert estimate(spec, policy, plentiful, WORKLOAD).limits.decode.cause is not Cause.HOST_MEMORY
+
+
+def test_the_chain_is_among_the_terms_where_bounds_look_for_it():
+    spec = tiny_spec(num_layers=8)
+    policy = a_policy(Random(4), spec, attention=Device.CPU, ffn=Device.GPU, staging=False)
+    costs = Costs(spec, machine(shared=1e9), Formats.of("bfloat16"))
+    seconds = DecodeStep.of_point(costs, Point.of_policy(policy, spec), policy.schedule).seconds(45.0)
+    assert 0 < seconds.chain_s == seconds.terms[CHAIN] != seconds.host_memory_s
 
 
 def test_scarcer_memory_never_helps_and_the_bound_holds():

@@ -34,28 +34,37 @@ def durations(tasks: tuple[Task, ...], rng: Random) -> dict[TaskId, float]:
     return {task.id: float(rng.choice([0, 1, 1, 2, 3, 10])) for task in tasks}
 
 
-def run_event_by_event(tasks: tuple[Task, ...], seconds: dict[TaskId, float]) -> dict[TaskId, tuple[float, float]]:
-    """Every lane is a queue: start what can start, then step to the next end."""
+def run_event_by_event(
+    tasks: tuple[Task, ...], seconds: dict[TaskId, float], hand_over: float = 0.0
+) -> dict[TaskId, tuple[float, float]]:
+    """Every lane is a queue: start what can start, then step to the next end or to when other lanes know of one."""
     queues: dict[Lane, list[Task]] = defaultdict(list)
     for task in tasks:
         queues[task.lane].append(task)
     running: dict[Lane, tuple[TaskId, float]] = {}
     spans: dict[TaskId, tuple[float, float]] = {}
-    now, done = 0.0, set[TaskId]()
+    lane_of = {task.id: task.lane for task in tasks}
+    now, done, known = 0.0, set[TaskId](), dict[TaskId, float]()
+
+    def knows(lane: Lane, other: TaskId) -> bool:
+        return other in done and (lane_of[other] is lane or known[other] <= now)
+
     while len(done) < len(tasks):
         for lane in [lane for lane, (_, end) in running.items() if end <= now]:
-            done.add(running.pop(lane)[0])
+            done.add(ended := running.pop(lane)[0])
+            known[ended] = now + hand_over
         startable = [
             lane
             for lane, queue in queues.items()
-            if queue and lane not in running and all(other in done for other in queue[0].after)
+            if queue and lane not in running and all(knows(lane, other) for other in queue[0].after)
         ]
         for lane in startable:
             task = queues[lane].pop(0)
             spans[task.id] = (now, now + seconds[task.id])
             running[lane] = (task.id, now + seconds[task.id])
-        if not startable and running:
-            now = min(end for _, end in running.values())
+        if not startable:
+            to_come = (*(end for _, end in running.values()), *known.values())
+            now = min((time for time in to_come if time > now), default=now)
     return spans
 
 
@@ -80,9 +89,11 @@ def test_spans_are_those_of_the_event_driven_reference(make):
         rng = Random(seed)
         tasks = make(rng)
         seconds = durations(tasks, rng)
-        trace = simulate(tasks, lambda x, seconds=seconds: seconds[x])
-        assert [span.id for span in trace.spans] == [task.id for task in tasks]
-        assert {s.id: (s.start_s, s.end_s) for s in trace.spans} == run_event_by_event(tasks, seconds), seed
+        for hand_over in (0.0, 1.0, 4.0):
+            trace = simulate(tasks, lambda x, seconds=seconds: seconds[x], hand_over)
+            assert [span.id for span in trace.spans] == [task.id for task in tasks]
+            expected = run_event_by_event(tasks, seconds, hand_over)
+            assert {s.id: (s.start_s, s.end_s) for s in trace.spans} == expected, seed
 
 
 @pytest.mark.parametrize("make", [random_graph, schedule_graph])
@@ -109,12 +120,13 @@ def test_end_times_by_position_are_those_of_the_spans(make):
         tasks = make(rng)
         of_kind = {name: float(rng.choice([0, 1, 2, 10])) for name in NAMES}
         position = {task.id: number for number, task in enumerate(tasks)}
-        waits = [(task.id, [position[other] for other in task.after]) for task in tasks]
+        waits = [(t.id, [position[x] for x in t.after if x.act.lane is not t.lane]) for t in tasks]
         order = in_order(waits, lambda task: task.act.name)
         assert len(order.distinct) == len({task.id.act.name for task in tasks})
-        ends = end_times(order, [of_kind[task.act.name] for task in order.distinct])
-        spans = simulate(tasks, lambda task, of_kind=of_kind: of_kind[task.act.name]).spans
-        assert ends == [span.end_s for span in spans]
+        for hand_over in (0.0, 3.0):
+            ends = end_times(order, [of_kind[task.act.name] for task in order.distinct], hand_over)
+            spans = simulate(tasks, lambda task, of_kind=of_kind: of_kind[task.act.name], hand_over).spans
+            assert ends == [span.end_s for span in spans]
         sampled = [(i, t.id.step) for i, t in enumerate(tasks) if t.id.act.name == "SAMPLE"]
         assert list(order.samples) == sampled
 

@@ -9,7 +9,7 @@ import pytest
 
 from hrm.buffers import Purpose, prefix_bytes
 from hrm.closed_form import Point, whole_prefill
-from hrm.costs import Costs
+from hrm.costs import ALONE, Costs
 from hrm.errors import PolicyError
 from hrm.estimate import estimate
 from hrm.formats import Formats
@@ -85,7 +85,7 @@ def test_lane_work_of_the_closed_form_is_that_of_the_simulated_tasks(chunk):
         policy = a_policy(
             spec, prefill_chunk_tokens=chunk, prefix_buffer_tokens=320, resident_experts=(0,) * spec.num_layers
         )
-        work = replace(prefill_work(costs, policy, workload), stretch=1.0)
+        work = replace(prefill_work(costs, policy, workload), stretch=ALONE)
         assert work.pipeline.num_micro_batches == 12 * 320 // chunk
         lanes = whole_prefill(costs, Point.of_policy(policy, spec), workload).lanes
         for lane, seconds in simulate_work(work).busy_s().items():

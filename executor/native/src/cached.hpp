@@ -8,6 +8,16 @@ namespace {
 
 using native::CodedRows;
 
+enum CacheCodes { INT8_CODES, FP8_CODES, NUM_CACHE_CODES };
+
+int codes_named(const char* name) {
+    const char* const names[NUM_CACHE_CODES] = {"int8", "fp8"};
+    for (int codes = 0; codes < NUM_CACHE_CODES; ++codes) {
+        if (std::strcmp(name, names[codes]) == 0) return codes;
+    }
+    return -1;
+}
+
 // LANES codes as float32: of int8 the numbers, of fp8 (e4m3) FP8_UNIT of them to a number.
 constexpr float FP8_UNIT = 0x1p8f;
 
@@ -148,7 +158,7 @@ const T* rows_of(const CodedRows* coded, const char* tokens_at, int64_t tokens, 
     if (coded == nullptr) return reinterpret_cast<const T*>(tokens_at);
     T* const made = reinterpret_cast<T*>(room);
     const uint8_t* const rows = reinterpret_cast<const uint8_t*>(tokens_at);
-    if (coded->codes == native::INT8_CODES) {
+    if (coded->codes == INT8_CODES) {
         widen_rows(*coded, rows, tokens, 1.0f, of_int8, made);
     } else {
         widen_rows(*coded, rows, tokens, FP8_UNIT, of_fp8, made);

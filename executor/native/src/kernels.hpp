@@ -17,13 +17,11 @@ constexpr int64_t SAME_LINES = 4096;      // bytes apart, two lines compete for 
 constexpr int64_t ACCUMULATOR_UNIT = 32;  // floats; a row of accumulators is padded to it
 constexpr int64_t TILE_UNIT = 8;          // tokens; for fewer it is slow to load and store all accumulators
 
-enum CacheCodes { INT8_CODES, FP8_CODES };
-
 // How a token lies in a quantised cache: `parts` of codes, a byte each, of which the first has `first` of
 // them and each other one `others`, and from byte `scales` on a bfloat16 for each part. 0 row_bytes: it is
 // of elements.
 struct CodedRows {
-    CacheCodes codes;
+    int codes;  // as `Path::codes_named` numbers them
     int64_t row_bytes, scales, parts, first, others;
 };
 
@@ -248,6 +246,8 @@ constexpr int64_t PIECE_FLOATS = 2 * COLUMNS * (MOST_TOKENS + PANEL_ROW_BYTES / 
 
 struct Path {
     const char* name;
+    // The number of a quantised cache's codes that are called so, or -1.
+    int (*codes_named)(const char* name);
     // Softmax of `tokens` tokens of the cache from `cache` on, started anew in `state`; what begins
     // at `next`, if it is not null, is fetched with the last of them.
     void (*attend[NUM_DTYPES])(

@@ -52,8 +52,9 @@ const std::vector<const native::Path*> PATHS = usable_paths();
 native::CodedRows coded_rows(
     const std::string& codes, int64_t row_bytes, int64_t scales, int64_t parts, int64_t first, int64_t others) {
     if (codes.empty()) return {};
-    if (codes != "int8" && codes != "fp8") throw std::invalid_argument("no such codes: " + codes);
-    return {codes == "int8" ? native::INT8_CODES : native::FP8_CODES, row_bytes, scales, parts, first, others};
+    const int number = PATHS.front()->codes_named(codes.c_str());
+    if (number < 0) throw std::invalid_argument("no such codes: " + codes);
+    return {number, row_bytes, scales, parts, first, others};
 }
 
 void require_within(

@@ -70,6 +70,7 @@ namespace native {
 
 const Path PATH = {
     PATH_NAME,
+    codes_named,
     {attend<Bf16>, attend<Fp16>, attend<float>},
     {attend_latent<Bf16>, attend_latent<Fp16>, attend_latent<float>},
     {absorb<Bf16>, absorb<Fp16>, absorb<float>},

@@ -39,7 +39,7 @@ __all__ = [
     "profile_machine",
 ]
 
-Kind = Literal["cuda", "emulated", "cpu"]
+AcceleratorKind = Literal["cuda", "emulated", "cpu"]
 
 
 PASSES: Final = 7
@@ -92,7 +92,7 @@ def profile_machine(
     return profile
 
 
-def _run(kind: Kind, run: Run, gpus: "list[AbstractGpu]") -> HardwareProfile:
+def _run(kind: AcceleratorKind, run: Run, gpus: "list[AbstractGpu]") -> HardwareProfile:
     """The figures of a machine of that kind; its environment is not whole yet."""
     match kind:
         case "cpu":
@@ -133,7 +133,7 @@ def _passes(disturbances: Sequence[float], used: Sequence[int]) -> str:
     return f"{len(used)}, and {len(aside)} set aside in which others kept {shares} of the hardware threads busy"
 
 
-def _resolve(accelerator: str) -> tuple[Kind, tuple[int, ...]]:
+def _resolve(accelerator: str) -> tuple[AcceleratorKind, tuple[int, ...]]:
     """The kind of machine, and the CUDA devices if it has any."""
     name, _, which = accelerator.partition(":")
     if accelerator == "cpu":

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hrm.profiling.gpu import AbstractGpu
     from hrm.profiling.nvml import GpuFacts
     from hrm.profiling.settle import Settling
+    from hrm.profiling.timing import Computer
 
 QUICK_TRANSFER: Final = 128 * MIB  # the largest that is timed; buffers take long to fill and check
 FULL_TRANSFER: Final = 512 * MIB
@@ -118,10 +119,7 @@ def _warnings(results: dict[str, Any], gpus: Sequence["AbstractGpu"], slowest: f
 
 def _add_gpu(run: Run, gpu: "AbstractGpu", memory: GpuMemory) -> None:
     """Add the steps that measure one GPU: it settles, then launches, products, attention and memory."""
-    import torch
-
     from hrm.profiling.attention import Heads, attention_rate
-    from hrm.profiling.gemm import gemm_rate, model_shapes
     from hrm.profiling.launch import launch_latency
     from hrm.profiling.memory import DeviceMemoryRates, measure_device_memory
     from hrm.profiling.settle import Settling, settle
@@ -133,26 +131,7 @@ def _add_gpu(run: Run, gpu: "AbstractGpu", memory: GpuMemory) -> None:
     run.steps.add(
         launch_step(GPU), 1, lambda seconds: launch_latency(device=device, budget_s=seconds, sampler=sampler), Timing
     )
-    shapes = model_shapes(run.options.model, quick=run.options.quick, scale_down=memory.free_bytes < 16 * GIB)
-    for dtype in run.dtypes:
-
-        def gemm(seconds: float, dtype: str = dtype) -> Rate | None:
-            # Kernels overlap with the launch of the next, so nothing is taken off.
-            try:
-                return gemm_rate(
-                    dtype,
-                    shapes,
-                    replace(computer, most_bytes=memory.free_bytes / 2),
-                    quick=run.options.quick,
-                    budget_s=seconds,
-                    launch_s=0.0,
-                )
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # a dtype that this card lacks
-                return None
-
-        run.steps.add(gemm_step(GPU, dtype), 4, gemm, Rate | None)
+    _add_products(run, computer, memory)
     run.steps.add(
         attention_step(GPU),
         2,
@@ -173,6 +152,34 @@ def _add_gpu(run: Run, gpu: "AbstractGpu", memory: GpuMemory) -> None:
         lambda seconds: measure_device_memory(device, num_bytes=array_bytes, budget_s=seconds, sampler=sampler),
         DeviceMemoryRates,
     )
+
+
+def _add_products(run: Run, computer: "Computer", memory: GpuMemory) -> None:
+    """GEMMs of the model's shapes in every dtype, as far as the card has it."""
+    import torch
+
+    from hrm.profiling.gemm import gemm_rate, model_shapes
+
+    shapes = model_shapes(run.options.model, quick=run.options.quick, scale_down=memory.free_bytes < 16 * GIB)
+    for dtype in run.dtypes:
+
+        def gemm(seconds: float, dtype: str = dtype) -> Rate | None:
+            # Kernels overlap with the launch of the next, so nothing is taken off.
+            try:
+                return gemm_rate(
+                    dtype,
+                    shapes,
+                    replace(computer, most_bytes=memory.free_bytes / 2),
+                    quick=run.options.quick,
+                    budget_s=seconds,
+                    launch_s=0.0,
+                )
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # a dtype that this card lacks
+                return None
+
+        run.steps.add(gemm_step(GPU, dtype), 4, gemm, Rate | None)
 
 
 def _add_comparison(run: Run, gpus: Sequence["AbstractGpu"]) -> None:
@@ -210,7 +217,7 @@ def _all_at_once(run: Run, gpus: Sequence["AbstractGpu"], largest: int, seconds:
     """CPU attention, staging and the links to the GPUs at once."""
     import torch
 
-    from hrm.profiling.contention import Worker, bytes_together
+    from hrm.profiling.contention import BusyLane, bytes_together
     from hrm.profiling.gpu_link import gpu_transfer
 
     size = min(CONTENTION_TRANSFER, largest)
@@ -226,7 +233,7 @@ def _all_at_once(run: Run, gpus: Sequence["AbstractGpu"], largest: int, seconds:
     workers = {
         "attention": attention_worker(run, _threads(run, Lane.CPU)),
         "staging": staging_worker(run, size, _threads(run, Lane.STAGE), gpus[0].pinned),
-        "h2d": Worker(transfers, lambda: torch.set_num_threads(1), float(size * len(gpus))),
+        "h2d": BusyLane(transfers, lambda: torch.set_num_threads(1), float(size * len(gpus))),
     }
     with torch.inference_mode():
         return bytes_together(workers, budget_s=seconds)

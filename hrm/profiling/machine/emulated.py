@@ -200,7 +200,7 @@ def _all_at_once(run: Run, seconds: float, arena: int, bandwidth: float) -> Figu
     """
     import torch
 
-    from hrm.profiling.contention import Worker, bytes_together
+    from hrm.profiling.contention import BusyLane, bytes_together
     from hrm.profiling.link import paced_transfer
 
     dtype: torch.dtype = getattr(torch, run.dtypes[0])
@@ -214,8 +214,8 @@ def _all_at_once(run: Run, seconds: float, arena: int, bandwidth: float) -> Figu
     workers = {
         "attention": attention_worker(run, _threads(run, Lane.CPU)),
         "staging": staging_worker(run, STAGED_BYTES, _threads(run, Lane.STAGE)),
-        "h2d": Worker(paced_transfer(_pace(bandwidth), size)(size), lambda: torch.set_num_threads(1), 2.0 * size),
-        "gemm": Worker(gemm, lambda: torch.set_num_threads(_threads(run, Lane.GPU))),
+        "h2d": BusyLane(paced_transfer(_pace(bandwidth), size)(size), lambda: torch.set_num_threads(1), 2.0 * size),
+        "gemm": BusyLane(gemm, lambda: torch.set_num_threads(_threads(run, Lane.GPU))),
     }
     with torch.inference_mode():
         return bytes_together(workers, budget_s=seconds)

@@ -12,7 +12,7 @@ from hrm.units import MIB, counted
 if TYPE_CHECKING:
     import torch
 
-    from hrm.profiling.contention import Worker
+    from hrm.profiling.contention import BusyLane
     from hrm.profiling.link import Transfer
 
 MEMORY: Final = "host memory"
@@ -222,12 +222,12 @@ def host_facts_of(results: dict[str, Any]) -> tuple[Disk | None, dict[str, str]]
     return found.disk, lines
 
 
-def attention_worker(run: Run, threads: int) -> "Worker":
+def attention_worker(run: Run, threads: int) -> "BusyLane":
     """Decode attention as a lane does it; its bytes are the KV cache's."""
     import torch
 
     from hrm.profiling.attention import QUICK_BYTES, Heads, KvCache, attention_call, kernels_call
-    from hrm.profiling.contention import Worker
+    from hrm.profiling.contention import BusyLane
 
     most = min(QUICK_BYTES, run.host.usable_ram_bytes // MOST_SHARE)
     cache = KvCache(getattr(torch, run.dtypes[0]), Heads.of(run.options.model), most, "cpu")
@@ -238,16 +238,16 @@ def attention_worker(run: Run, threads: int) -> "Worker":
     else:
         call = kernels_call(run.options.kernels, cache, requests, context)
     host_bytes = requests * context * cache.token_bytes
-    return Worker(call, lambda: torch.set_num_threads(threads), host_bytes)
+    return BusyLane(call, lambda: torch.set_num_threads(threads), host_bytes)
 
 
 def staging_worker(
     run: Run, size: int, threads: int, pinned: "Callable[[int], torch.Tensor] | None" = None
-) -> "Worker":
+) -> "BusyLane":
     """Staging as a lane does it; a copy reads and writes."""
     import torch
 
-    from hrm.profiling.contention import Worker
+    from hrm.profiling.contention import BusyLane
 
     call = _staging_transfer(run, size, pinned)(size)
-    return Worker(call, lambda: torch.set_num_threads(threads), 2.0 * size)
+    return BusyLane(call, lambda: torch.set_num_threads(threads), 2.0 * size)

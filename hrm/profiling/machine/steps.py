@@ -63,7 +63,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class PassStep:
     """A step in one of the passes."""
 
     step: Step
@@ -93,7 +93,7 @@ class Steps:
     steps: list[Step] = field(default_factory=list[Step])
     found: dict[str, Any] = field(default_factory=dict[str, Any])
     recalled: list[str] = field(default_factory=list[str])
-    turns: list[Turn] = field(default_factory=list[Turn])
+    turns: list[PassStep] = field(default_factory=list[PassStep])
     disturbances: list[float] = field(default_factory=list[float])  # others' share in each pass
 
     def add(self, name: str, weight: float, run: Callable[[float], Any], kind: Any, *, once: bool = False) -> None:
@@ -140,14 +140,14 @@ class Steps:
         """Others' share of the machine during the passes whose figures count."""
         return fmean(self.disturbances[index] for index in self.passes_used)
 
-    def _pass(self, index: int) -> list[Turn]:
+    def _pass(self, index: int) -> list[PassStep]:
         """The turns of a pass, or of one in place of a disturbed one."""
         unit_s = min(self.part_s, self.most_s / sum(step.weight for step in self.steps))
         which = f"{index + 1} of {self.passes}"
         if index >= self.passes:
             which = f"{index + 1 - self.passes} in place of a disturbed one"
         return [
-            Turn(
+            PassStep(
                 step,
                 step.name if step.once or self.passes == 1 else f"{step.name} ({which})",
                 unit_s * step.weight / (1 if step.once else self.passes),
@@ -156,13 +156,13 @@ class Steps:
             if index == 0 or not step.once
         ]
 
-    def _recall(self, turn: Turn, known: dict[str, Any]) -> None:
+    def _recall(self, turn: PassStep, known: dict[str, Any]) -> None:
         if self.keeper is not None:
             is_known, found = self.keeper.recall(turn.name, turn.step.kind)
             if is_known:
                 known[turn.name] = found
 
-    def _run(self, passes: list[list[Turn]], known: dict[str, Any], start_s: float) -> None:
+    def _run(self, passes: list[list[PassStep]], known: dict[str, Any], start_s: float) -> None:
         """Take all turns that are not known; what they find joins `known`.
 
         Passes in place of disturbed ones join `passes`.
@@ -208,14 +208,14 @@ class Steps:
         calm = sum(share <= BUSY for share in self.disturbances)
         return self.passes > 1 and calm < self.passes and len(self.disturbances) < 2 * self.passes
 
-    def _take(self, turn: Turn) -> Any:
+    def _take(self, turn: PassStep) -> Any:
         began_s = self.clock()
         found = turn.step.run(turn.seconds)
         if self.keeper is not None:
             self.keeper.keep(turn.name, self.clock() - began_s, found)
         return found
 
-    def _tell(self, start_s: float, left: Sequence[Turn], text: str, planned_s: float) -> None:
+    def _tell(self, start_s: float, left: Sequence[PassStep], text: str, planned_s: float) -> None:
         """Report the next turn; the rest is expected to be as late as what is done was."""
         if self.progress is None:
             return

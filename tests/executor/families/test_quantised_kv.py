@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from executor.model.gpu import FLASH_DTYPES
+from hrm.formats import SCALED_KV_FORMATS, KvFormat
 from tests.executor.families.grouped import GROUPED
 from tests.executor.families.latent import LATENT
 from tests.executor.families.linear import LINEAR
@@ -51,6 +52,17 @@ def greedy_tokens(tiny, prompts, policy, **how):
     with generator(tiny.folder, policy, **how) as made:
         done = generate(made, requests(prompts, max_tokens=MAX_TOKENS, ignore_eos=True))
     return {name: completion.tokens for name, completion in done.items()}
+
+
+def test_a_format_of_ones_own_is_run_with(tmp_path, monkeypatch):
+    """As CONTRIBUTING says: its row. No kernel of ours knows its codes, so torch computes."""
+    monkeypatch.setitem(SCALED_KV_FORMATS, "e5m2", KvFormat("e5m2", 1, codes="float8_e5m2"))
+    tiny = save(FAMILIES["qwen3_moe"], tmp_path / "model")
+    prompts = random_prompts(NUM_PROMPTS, vocab=tiny.vocab_size)
+    quantise_as("e5m2", tiny.model, monkeypatch)
+    expected = {f"request-{i}": tokens for i, tokens in enumerate(tiny.greedy(prompts, MAX_TOKENS))}
+    policy = replace(policy_of(tiny, "kv split"), batch_size=NUM_PROMPTS, micro_batch_size=2, kv_format="e5m2")
+    assert greedy_tokens(tiny, prompts, policy) == expected
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from executor.errors import CheckpointError
-from executor.families.stored import Joined, Rows, Stored
+from executor.families.stored import Joined, Stored, StoredRows
 from executor.formats import Cut, Packed, packed_in
 from hrm.formats import PackedFormat, packed_format
 from hrm.layers import TensorSpec, Unit
@@ -60,7 +60,7 @@ def test_matrices_are_joined_if_their_columns_are_in_one_order(*, alike: bool) -
 def test_rows_are_sorted_if_their_groups_stay_whole(*, whole: bool) -> None:
     form, ours = room("fp8-b4")
     order = torch.arange(ROWS).view(-1, 4).flip(0).flatten() if whole else torch.arange(ROWS).roll(2)
-    how = Stored(("a",), rows=lambda *_: Rows.of(order))
+    how = Stored(("a",), rows=lambda *_: StoredRows.of(order))
     if whole:
         joined(form, how).read(Numbered({}), ours)
         assert ours.codes[:, 0].equal((order + 1).to(torch.uint8))

@@ -11,6 +11,7 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 from executor.group import Alone, share_of
 from executor.group.measure import seconds_a_task, sums_between
 from executor.group.processes import ProcessGroup
+from executor.group.store import open_store
 from tests.executor.group.ranks import in_ranks
 from tests.executor.group.together import ROWS, all_logits, do_all, lose, summand
 from tests.executor.runtime.device_tensor import DeviceTensor, WithDevice
@@ -84,6 +85,27 @@ def test_a_rank_that_is_gone_or_late_fails_what_waits_for_it_and_all_that_follow
     assert all(told[0] == one for one in told), told
     assert "rank 0" in told[0], told[0]
     assert said in told[0]
+
+
+class GoneError(Exception):
+    """What whoever watches the other rank finds out."""
+
+
+@pytest.mark.parametrize("told", [(), ("process", "memory")])
+def test_a_rank_that_is_gone_before_all_have_met_is_waited_for_only_as_long_as_nobody_knows(told):
+    """It has come, and perhaps told what it has, but forms no group any more, for which torch waits a year."""
+    store, _ = open_store()
+    store.set("rank 1 is here", "")
+    for what in told:
+        store.set(f"shared/{what} of rank 1", "0")
+    looks = iter(range(3))
+
+    def look():
+        if next(looks, None) is None:
+            raise GoneError
+
+    with pytest.raises(GoneError):
+        ProcessGroup(store, 0, 2, look=look)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from executor import native
 from executor.model import GpuKernels, PromptNumbers, RowNumbers, Workspace, decode_attention, dense_views, experts_in
 from executor.model.gpu import grouped_gemm
-from executor.model.kv_rows import CODES, dequantise, dequantised, quantise
+from executor.model.kv_rows import dequantise, dequantised, quantise, row_dtype
 from executor.model.softmax import Softmax
 from hrm.formats import FORMATS, kv_format
 from hrm.model_spec import load_model
@@ -155,7 +155,9 @@ def test_quantising_a_whole_chunk(name, form):
 def cache_of(block, form, tokens):
     found = kv_format(form)
     assert found is not None
-    return torch.zeros(tokens, int(found.row_bytes(block.cached_parts)), dtype=torch.uint8).view(CODES[form])
+    return torch.zeros(tokens, int(found.row_bytes(block.cached_parts)), dtype=torch.uint8).view(
+        row_dtype(found, torch.float32)
+    )
 
 
 @pytest.mark.parametrize("form", ["fp8", "int8"])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from executor.model.kv_rows import CODES, dequantised, quantise
-from hrm.formats import kv_format
+from executor.model.kv_rows import dequantised, quantise, row_dtype
+from hrm.formats import SCALED_KV_FORMATS, kv_format
 
 PARTS = (24, 24, 7, 40)
 HALF_A_STEP = {"int8": 0.5 / 127, "fp8": 0.5 / 8 * 1.001}  # of the greatest; of a number itself, above subnormals
@@ -13,12 +13,14 @@ HALF_A_STEP = {"int8": 0.5 / 127, "fp8": 0.5 / 8 * 1.001}  # of the greatest; of
 def rows_of(kv_TW, form):
     found = kv_format(form)
     assert found is not None
-    rows = torch.full((len(kv_TW), int(found.row_bytes(PARTS))), 77, dtype=torch.uint8).view(CODES[form])
+    rows = torch.full((len(kv_TW), int(found.row_bytes(PARTS))), 77, dtype=torch.uint8).view(
+        row_dtype(found, torch.float32)
+    )
     quantise(kv_TW, PARTS, rows)
     return rows
 
 
-@pytest.mark.parametrize("form", CODES)
+@pytest.mark.parametrize("form", SCALED_KV_FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_numbers_are_rounded_to_the_nearest_that_has_a_code(form, dtype):
     torch.manual_seed(0)
@@ -34,7 +36,7 @@ def test_numbers_are_rounded_to_the_nearest_that_has_a_code(form, dtype):
     assert got[3].eq(0).all()
 
 
-@pytest.mark.parametrize("form", CODES)
+@pytest.mark.parametrize("form", SCALED_KV_FORMATS)
 def test_a_token_is_quantised_alone_and_rows_are_kept_by_it(form):
     torch.manual_seed(0)
     kv = torch.randn(9, sum(PARTS))

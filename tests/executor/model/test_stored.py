@@ -15,7 +15,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 from executor.checkpoint import Checkpoint
 from executor.families.base import Family
 from executor.families.mixtral import MIXTRAL
-from executor.families.stored import Rows, Stored, grouped, in_order, interleaved
+from executor.families.stored import Stored, StoredRows, grouped, in_order, interleaved
 from executor.model import Architecture
 from executor.model.layout import views
 from hrm.layers import DenseFfn, GatedDeltaNet, GroupedQueryAttention, Layer, RoutedExperts, Unit
@@ -93,13 +93,13 @@ def test_interleaved_transposed_experts_with_biases(tmp_path):
             torch.testing.assert_close(inner @ ours["w2"].T + ours["w2_bias"], theirs(x_TD, to_one, torch.ones(5, 1)))
 
 
-def _all_in_order(block, _) -> Rows:
+def _all_in_order(block, _) -> StoredRows:
     """Queries, keys, values, gate, decay and step of GatedDeltaNet, where transformers has them by key head."""
     shared = block.num_value_heads // block.num_key_heads
     values = shared * block.value_head_dim
     qkvz = grouped(block.num_key_heads, block.key_head_dim, block.key_head_dim, values, values)
     step, decay = grouped(block.num_key_heads, shared, shared).chunk(2)
-    return Rows.of(qkvz, torch.cat([decay, step]))
+    return StoredRows.of(qkvz, torch.cat([decay, step]))
 
 
 DELTA_NAMES = {
@@ -134,9 +134,9 @@ def test_projections_by_key_head_and_a_convolution(tmp_path):
     assert torch.equal(ours["output"], theirs.out_proj.weight)
 
 
-def _gated(block, _) -> Rows:
+def _gated(block, _) -> StoredRows:
     kv = in_order(block.kv_size)
-    return Rows.of(grouped(block.num_heads, block.head_dim, block.head_dim), kv, kv)
+    return StoredRows.of(grouped(block.num_heads, block.head_dim, block.head_dim), kv, kv)
 
 
 def test_queries_with_a_gate_beside_each_head(tmp_path):
@@ -152,9 +152,9 @@ def test_queries_with_a_gate_beside_each_head(tmp_path):
     torch.testing.assert_close(x_TD @ qkv.T, torch.cat(wanted, dim=1))
 
 
-def _values_are_keys(block, _) -> Rows:
+def _values_are_keys(block, _) -> StoredRows:
     keys = torch.arange(block.query_size, block.query_size + block.kv_size)
-    return Rows((block.query_size, block.kv_size, 0), torch.cat([in_order(block.query_size), keys, keys]))
+    return StoredRows((block.query_size, block.kv_size, 0), torch.cat([in_order(block.query_size), keys, keys]))
 
 
 def test_keys_that_are_values_too_are_stored_once(tmp_path):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from executor.model.workspace import Workspace
-from hrm.contract.temporaries import ALIGNMENT_BYTES
+from hrm.contract.temporaries import TEMPORARY_ALIGNMENT_BYTES
 
 
 def workspace_of(num_bytes):
@@ -18,7 +18,7 @@ def test_temporaries_do_not_overlap_and_are_aligned():
     assert (b == 2).all()
     assert (c == 3).all()
     base = workspace._memory.data_ptr()
-    assert {(t.data_ptr() - base) % ALIGNMENT_BYTES for t in (a, b, c)} == {0}
+    assert {(t.data_ptr() - base) % TEMPORARY_ALIGNMENT_BYTES for t in (a, b, c)} == {0}
     assert a.is_contiguous()
     assert c.is_contiguous()
 

@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 
 from executor import native
-from executor.model.kv_rows import CODES, quantise
+from executor.model.kv_rows import quantise, row_dtype
 from executor.model.mixers.grouped_query import append_kv
-from hrm.formats import aligned, kv_format
+from hrm.formats import SCALED_KV_FORMATS, aligned, kv_format
 from tests.executor.model.tolerances import DTYPES, assert_same
 from tests.executor.native import test_attention, test_latent
 from tests.executor.native.support import PATHS, on_threads
 
-FORMATS = ("fp8", "int8")
-both = pytest.mark.parametrize("form", FORMATS)
+both = pytest.mark.parametrize("form", SCALED_KV_FORMATS)
 every_path = pytest.mark.parametrize("path", PATHS)
 
 
@@ -28,7 +27,9 @@ def coded(kv_CW: Tensor, parts: tuple[int, ...], form: str) -> Tensor:
     """Rows of a cache that holds these numbers."""
     found = kv_format(form)
     assert found is not None
-    rows_CB = torch.full((len(kv_CW), int(found.row_bytes(parts))), -1, dtype=torch.uint8).view(CODES[form])
+    rows_CB = torch.full((len(kv_CW), int(found.row_bytes(parts))), -1, dtype=torch.uint8).view(
+        row_dtype(found, torch.float32)
+    )
     quantise(kv_CW, parts, rows_CB)
     return rows_CB
 
@@ -88,16 +89,16 @@ def test_neither_neighbours_nor_threads_change_a_result(path, form):
 @every_path
 def test_every_code_is_read_as_what_it_means(path, dtype, form):
     """A request with one token has its values as they are: all 256 codes, but for those that are no numbers."""
-    codes = torch.arange(256, dtype=torch.uint8)
-    codes = codes[codes.view(CODES[form]).float().isfinite()]
+    codes, of_codes = torch.arange(256, dtype=torch.uint8), getattr(torch, SCALED_KV_FORMATS[form].codes)
+    codes = codes[codes.view(of_codes).float().isfinite()]
     codes = torch.cat([codes, codes[: -len(codes) % 8]])
     row = torch.zeros(aligned(2 * len(codes)) + 16, dtype=torch.uint8)
     row[len(codes) : 2 * len(codes)] = codes
     row[aligned(2 * len(codes)) :].view(torch.bfloat16)[:2] = torch.tensor([1.0, 0.75])
     out = torch.empty(1, len(codes), dtype=dtype)
-    queries, cache = torch.ones(1, len(codes), dtype=dtype), row.view(1, -1).view(CODES[form])
+    queries, cache = torch.ones(1, len(codes), dtype=dtype), row.view(1, -1).view(of_codes)
     native.Kernels(path).decode_attention(queries, cache, [0], [1], out, heads=(1, len(codes)))
-    assert torch.equal(out[0], (codes.view(CODES[form]).float() * 0.75).to(dtype))
+    assert torch.equal(out[0], (codes.view(of_codes).float() * 0.75).to(dtype))
 
 
 @both

@@ -8,7 +8,7 @@ import pytest
 
 from executor.batching import Request, asks_for_more
 from executor.job.advice import too_long_together
-from executor.job.survey import Lengths
+from executor.job.survey import RequestLengths
 from executor.sampling import SamplingParams
 from hrm.cli import main as hrm_main
 from hrm.policy_file import load_policy_file
@@ -36,7 +36,7 @@ def test_which_request_asks_for_more(prompt, new, more):
 )
 def test_whether_a_batch_of_average_requests_fits(requests, prompt, new, too_long):
     """There is room for 192 tokens, and a tenth more is not worth a word."""
-    asked = Lengths(requests, requests * prompt, prompt, requests * new, new)
+    asked = RequestLengths(requests, requests * prompt, prompt, requests * new, new)
     assert too_long_together(asked, POLICY) is too_long
 
 

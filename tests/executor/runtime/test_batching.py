@@ -13,6 +13,7 @@ from executor.sampling import SamplingParams
 from hrm.contract.rows import KV_BLOCK_TOKENS
 from hrm.policy import kv_tokens_for
 from hrm.schedules import pages_of
+from hrm.workload import Workload
 from tests.executor.runtime.support import make_policy
 
 policies = st.builds(
@@ -37,6 +38,17 @@ request_lists = st.lists(st.tuples(st.integers(1, 200), st.integers(1, 56)), max
 )
 
 kinds = st.sampled_from([lambda _: None, lambda request: len(request.prompt) > 100])
+
+
+def test_prompts_that_are_all_alike_come_in_as_many_chunks_as_planned():
+    for length in (1, 7, 32, 200):
+        for count in (1, 3, 5, 8, 64):
+            micro_batch = MicroBatch([])
+            for index in range(count):
+                micro_batch.add(Request(str(index), (1,) * length, SamplingParams(max_tokens=1)))
+            workload = Workload(name="alike", prompt_len=length, max_prompt_len=length, gen_len=1)
+            for most in (1, 6, 31, 32, 33, 100, 114, 10**6):
+                assert len(chunks(Batch((micro_batch,)), most)) == workload.chunks(count, most), (length, count, most)
 
 
 @given(request_lists, policies, kinds)

@@ -7,7 +7,7 @@ from typing import final
 import pytest
 import torch
 
-from executor.backends import BACKENDS, AbstractBackend
+from executor.backends import BACKENDS, AbstractBackend, BackendKind
 from executor.backends.base import copy_all, host_memory
 from executor.errors import RunError
 from executor.job.machine import budgeted_plan
@@ -79,7 +79,7 @@ class TestCard(BackendContract):
 
 def test_a_device_with_a_number_and_memory_of_its_own_runs_a_job(run, tmp_path, monkeypatch, policy_path):
     """What lies on it does not count as the host's, and what it cannot do is refused before anything is read."""
-    monkeypatch.setitem(BACKENDS, "card:K", lambda accelerator, *_: Card(accelerator))
+    monkeypatch.setitem(BACKENDS, "card:K", BackendKind(lambda accelerator, *_: Card(accelerator)))
     lines = [line("r", PROMPTS[0])]
     plan = budgeted_plan(file := load_policy_file(policy_path), file.policy)
     monkeypatch.setattr("executor.job.machine.available_ram_bytes", lambda: plan.cpu.planned_bytes)
@@ -102,7 +102,7 @@ def test_a_backend_with_its_row_runs_a_job(run, tmp_path, monkeypatch):
     lines = [line(f"r{index}", prompt) for index, prompt in enumerate(PROMPTS[:5])]
     captured, _ = run(lines, "--accelerator", "detour", output="unknown", code=2)
     refused(captured, "--accelerator is 'detour'", *BACKENDS)
-    monkeypatch.setitem(BACKENDS, "detour", lambda *_: Detour())
+    monkeypatch.setitem(BACKENDS, "detour", BackendKind(lambda *_: Detour()))
     _, there = run(lines, "--accelerator", "detour")
     _, here = run(lines, "--accelerator", "cpu", output="cpu")
     assert {name: tokens_of(item) for name, item in there.items()} == {

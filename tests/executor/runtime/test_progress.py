@@ -18,7 +18,7 @@ from executor.handlers import BatchState, never_stops
 from executor.job import JobOptions, JobProgress, run_job
 from executor.job.machine import AcceleratorOptions
 from executor.job.progress import Forecast, PhaseProgress
-from executor.job.survey import Lengths
+from executor.job.survey import RequestLengths
 from executor.loading import Loading
 from executor.sampling import SamplingParams
 from hrm.tasks import Lane, Phase, Task, TaskId
@@ -124,7 +124,7 @@ def test_time_left_goes_from_the_prediction_to_what_is_measured(predicted_s, slo
 
 def test_decode_is_expected_to_be_as_much_slower_as_prefill():
     """Prefill took three times as long as predicted; then decode is as fast as predicted."""
-    lengths = Lengths(requests=2, prompt_tokens=100, new_tokens=50)
+    lengths = RequestLengths(requests=2, prompt_tokens=100, new_tokens=50)
     forecast = Forecast({Phase.PREFILL: 10.0, Phase.DECODE: 100.0}, 1.0)
     progress = JobProgress(wanted=lengths, forecast=forecast)
     live: Any = SimpleNamespace(

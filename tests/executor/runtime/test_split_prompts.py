@@ -109,9 +109,9 @@ def test_parts_read_what_earlier_ones_wrote_and_not_more(folder, arch, monkeypat
         [(1, 39), (12, 12)],
         [(13, 25)],
         [(1, 26), (12, 12)],
-        [(2, 14), (3, None), (1, None)],
-        [(13, None)],
-        [(12, None)],
+        [(2, 14), (3, 3), (1, 1)],
+        [(13, 13)],
+        [(12, 12)],
     ]
 
 

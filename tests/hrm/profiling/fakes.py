@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hrm.hardware import Figure
-from hrm.profiling.gpu import AbstractGpu, Queued
+from hrm.profiling.gpu import AbstractGpu, StreamWork
 from hrm.profiling.nvml import GpuFacts
 from hrm.profiling.timing import clock_sampler
 from hrm.profiling.topology import CacheFacts
@@ -98,7 +98,7 @@ class FakeGpu(AbstractGpu):
 
     def queued(self, call):
         self.queued_calls += 1
-        return Queued(call, lambda: None)
+        return StreamWork(call, lambda: None)
 
     def wait(self):
         pass

@@ -7,20 +7,20 @@ import pytest
 
 from hrm.hardware import Figure, Rate, Source
 from hrm.profiling import contention
-from hrm.profiling.contention import WINDOW_S, Worker, bytes_together, run_together, shared_roof
+from hrm.profiling.contention import WINDOW_S, BusyLane, bytes_together, run_together, shared_roof
 
-NOTHING = Worker(lambda: None, lambda: None)
+NOTHING = BusyLane(lambda: None, lambda: None)
 
 
-def sleeper(seconds: float, host_bytes: float = 0.0) -> Worker:
-    return Worker(lambda: time.sleep(seconds), lambda: None, host_bytes)
+def sleeper(seconds: float, host_bytes: float = 0.0) -> BusyLane:
+    return BusyLane(lambda: time.sleep(seconds), lambda: None, host_bytes)
 
 
 def test_bytes_are_the_sums_of_the_workers_in_every_round(monkeypatch):
     """Rounds of 100 and 10 calls a second, then twice and half as many."""
     rates = iter([{"a": 100.0, "b": 10.0}, {"a": 200.0, "b": 5.0}])
     monkeypatch.setattr(contention, "run_together", lambda _workers, _seconds: next(rates))
-    workers = {"a": Worker(NOTHING.call, NOTHING.enter, 3.0), "b": Worker(NOTHING.call, NOTHING.enter, 1000.0)}
+    workers = {"a": BusyLane(NOTHING.call, NOTHING.enter, 3.0), "b": BusyLane(NOTHING.call, NOTHING.enter, 1000.0)}
     found = bytes_together(workers, budget_s=2.5 * WINDOW_S)
     sums = (100 * 3 + 10 * 1000, 200 * 3 + 5 * 1000)
     assert found.value == pytest.approx(sum(sums) / 2, rel=1e-4)
@@ -42,7 +42,7 @@ def test_a_roof_is_one_only_where_it_was_reached(together, is_roof):
 def test_each_thread_enters_once_and_works_at_least_once():
     entered, worked = [], []
     workers = {
-        name: Worker(lambda name=name: worked.append(name), lambda name=name: entered.append(name)) for name in "ab"
+        name: BusyLane(lambda name=name: worked.append(name), lambda name=name: entered.append(name)) for name in "ab"
     }
     rates = run_together(workers, 0.0)
     assert sorted(entered) == ["a", "b"]
@@ -56,7 +56,7 @@ def test_what_a_worker_raises_is_raised_and_ends_the_others():
 
     before = threading.active_count()
     with pytest.raises(RuntimeError, match="no"):
-        run_together({"a": NOTHING, "b": Worker(fail, lambda: None)}, 60.0)
+        run_together({"a": NOTHING, "b": BusyLane(fail, lambda: None)}, 60.0)
     turns = iter(range(3))
 
     def fail_later():
@@ -64,7 +64,7 @@ def test_what_a_worker_raises_is_raised_and_ends_the_others():
             raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError, match="no more"):
-        run_together({"a": NOTHING, "b": Worker(fail_later, lambda: None)}, 60.0)
+        run_together({"a": NOTHING, "b": BusyLane(fail_later, lambda: None)}, 60.0)
     assert threading.active_count() == before
 
 
