@@ -259,6 +259,7 @@ class Formats:
         return Formats.named(dtype)
 
     @staticmethod
+    @cache
     def named(dtype: str, *, weights: str = "", kv_cache: str = "") -> "Formats":
         """The dtype that is computed in, and for the others the same where no name is given."""
         cached = kv_format(kv_cache or dtype)

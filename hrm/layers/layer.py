@@ -130,6 +130,16 @@ class Layer:
         """The same with the mean of a weight in a block: of its routed experts, or of all else."""
         if not self.packed:
             return formats
+        asked = block, formats, routed
+        if asked not in self._means:
+            self._means[asked] = replace(formats, weights=self._mean_of(block, formats, routed=routed))
+        return self._means[asked]
+
+    @cached_property
+    def _means(self) -> dict[tuple[Block, Formats, bool], Formats]:
+        return {}
+
+    def _mean_of(self, block: Block, formats: Formats, *, routed: bool) -> Format:
         tensors = [tensor for tensor in self.tensors_of(block) if (tensor.unit is Unit.EXPERT) == routed]
         packed = [(tensor.packed, tensor.parameters) for tensor in tensors if tensor.packed is not None]
         sums = (
@@ -142,7 +152,7 @@ class Layer:
         for form, parameters in packed:
             of_codes[form.code] += parameters
         code = next((code for code, count in of_codes.items() if 2 * count > total), "")
-        return replace(formats, weights=Format("packed", sums[0] / total, code, sums[1] / total, sums[2] / total))
+        return Format("packed", sums[0] / total, code, sums[1] / total, sums[2] / total)
 
     def project(self, formats: Formats, tokens: Number) -> Operator:
         """Norm, projections and rotary embedding before attention."""

@@ -24,9 +24,20 @@ def rough_bounds(monkeypatch):
     monkeypatch.setattr(bound, "LARGEST_BUDGET", 0)
 
 
+@pytest.fixture
+def coarse_searches(monkeypatch, rough_bounds):
+    """Searches of the coarse grid alone, whose best is simulated: for tests of whether anything fits, and of reports.
+
+    What fits at all is decided there: integers are refined around what does.
+    """
+    monkeypatch.setattr("hrm.search.exhaustive.REACHES", ())
+    monkeypatch.setattr("hrm.search.choose.MAX_SIMULATED", 1)
+    monkeypatch.setattr("hrm.search.polish.ROUNDS", 0)
+
+
 @pytest.fixture(scope="module")
 def searches_kept():
-    """A module's searches, each done once, for tests that lay answers of many searches beside searches one by one.
+    """A module's searches, each done once: by several tests, or for one that lays many of them beside each by itself.
 
     A search of another space, by another solver or of other bounds is another one; one without is as good with them.
     """

@@ -14,7 +14,7 @@ from hrm.formats import FORMATS, Formats
 from hrm.hardware import Figure, HardwareProfile, LaneThreads, Source
 from hrm.layers import ExpertDivision
 from hrm.machines import compose, with_memory
-from hrm.memory import plan_memory
+from hrm.memory import MemoryPlan, plan_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.parallel import obstacle_to, part_of
 from hrm.policy import Parallelism, Policy, kv_tokens_for, prefix_tokens_for, spread_experts
@@ -187,7 +187,7 @@ def _with_residents(rng: Random, case: Case, policy: Policy) -> Policy | None:
 
     They are spread evenly, or now and then over a few of the layers only.
     """
-    part, _ = part_of(case.spec, case.profile, policy.parallelism, policy.expert_division)
+    part, profile = part_of(case.spec, case.profile, policy.parallelism, policy.expert_division)
     everything = part.num_expert_layers * part.num_experts
     layers = rng.sample(range(part.num_expert_layers), part.num_expert_layers)
     evenly = rng.random() < 0.8
@@ -202,13 +202,16 @@ def _with_residents(rng: Random, case: Case, policy: Policy) -> Policy | None:
         each = (next(shuffled) if layer.has_experts else 0 for layer in part.layers)
         return replace(policy, resident_experts=tuple(each))
 
+    def planned(total: int) -> MemoryPlan:
+        return plan_memory(part, having(total), profile)  # as of all parts, which are alike
+
     def fits(total: int) -> bool:
-        return plan_memory(case.spec, having(total), case.profile).fits
+        return planned(total).fits
 
     if rng.random() < 0.3:
         total = rng.randint(0, everything)
         return having(total) if fits(total) else None
-    least_on_gpu, least_on_host = (plan_memory(case.spec, having(total), case.profile) for total in (0, everything))
+    least_on_gpu, least_on_host = planned(0), planned(everything)
     if least_on_gpu.gpu.lacking_bytes or least_on_host.cpu.lacking_bytes:
         return None
     total = next((total for k in range(16, -1, -1) if fits(total := everything * k // 16)), None)

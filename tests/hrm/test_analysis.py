@@ -176,6 +176,7 @@ QUICK = ["--model", "olmoe-1b-7b", "--requests", "20"]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("coarse_searches")
 def test_commands_print_rows_as_json(hrm, tmp_path):
     csv = tmp_path / "rows.csv"
     for arguments, count in (

@@ -26,7 +26,7 @@ from hrm.workload import WORKLOADS, Workload
 from tests.hrm.support import machine, random_varied_spec, tiny_spec
 from tests.hrm.test_estimate import random_machine, random_policy
 
-pytestmark = pytest.mark.usefixtures("rough_bounds")
+pytestmark = pytest.mark.usefixtures("rough_bounds", "searches_kept")
 
 WORKLOAD = Workload(name="test", prompt_len=40, max_prompt_len=100, gen_len=9)
 TIES = 0.02  # of a job's time

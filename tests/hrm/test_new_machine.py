@@ -28,6 +28,7 @@ def test_a_file_is_all_that_it_takes(hrm, folder, kind, like):
     assert "Toy-9000" in listed
 
 
+@pytest.mark.usefixtures("coarse_searches")
 def test_they_are_planned_for_by_any_spelling_and_alias(hrm_json, folder, hrm, monkeypatch):
     for kind, like, name in (("gpus", "L4", "Toy-9000"), ("hosts", "gcp-g2-standard-48", "Toy-Rack")):
         _, nearest, _ = hrm("profiles", like)

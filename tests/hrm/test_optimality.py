@@ -30,6 +30,8 @@ from tests.hrm.ceilings import by_parts, closed_form_rate, lowest_ceilings
 from tests.hrm.random_plans import Case, random_case, random_policies
 from tests.hrm.support import machine, rate
 
+pytestmark = pytest.mark.usefixtures("searches_kept")
+
 GROUPS, A_GROUP = 10, 30  # of random problems
 SEARCHED = 10  # one of so many
 # Of random problems after the 9000th some that policies fit, of one GPU to eight, with gaps of less than a tenth.

@@ -81,6 +81,7 @@ def test_a_gpu_and_a_host_written_by_a_shell_plan_as_those_of_the_catalog(tmp_pa
     assert own == known
 
 
+@pytest.mark.usefixtures("coarse_searches")
 def test_a_changed_gpu_is_what_is_planned_with(hrm, tmp_path):
     mine = yaml.safe_load((profile_folder() / "gpus" / "T4.yaml").read_text(encoding="utf-8"))
     mine["name"] = "T4-with-twice-the-memory"
@@ -98,6 +99,7 @@ def test_a_changed_gpu_is_what_is_planned_with(hrm, tmp_path):
     assert one["predicted"]["tokens_per_s"] > known["predicted"]["tokens_per_s"]
 
 
+@pytest.mark.usefixtures("coarse_searches")
 def test_what_throughput_costs_in_gpus_is_asked_of_the_gpu_that_was_named(hrm, tmp_path):
     mine = yaml.safe_load((profile_folder() / "gpus" / "T4.yaml").read_text(encoding="utf-8"))
     mine["name"] = "slow"
@@ -242,6 +244,7 @@ def test_hrm_profiles_finds_gpus_hosts_and_machines_by_name(hrm):
 # ------------------------------------------------------------------------------- the catalog
 
 
+@pytest.mark.usefixtures("coarse_searches")
 def test_every_machine_of_the_catalog_plans_a_model_if_it_can_hold_it():
     """The models take turns."""
     machines = [

@@ -32,7 +32,7 @@ from tests.hrm.published_configs import PUBLISHED
 from tests.hrm.small_configs import SMALL_JAMBA
 from tests.hrm.support import machine, tiny_spec
 
-pytestmark = pytest.mark.usefixtures("rough_bounds")
+pytestmark = pytest.mark.usefixtures("rough_bounds", "searches_kept")
 
 T4 = ["--model", "mixtral-8x7b", "--gpus", "1xT4"]
 LENGTHS = ["--prompt-len", "64", "--gen-len", "16", "--requests", "64"]
@@ -59,6 +59,7 @@ def test_what_is_given_of_the_machine_is_told_in_header_json_and_file(hrm, hrm_j
     assert other["bandwidth_bytes_per_s"]["achieved"]["source"] == "assumed"
 
 
+@pytest.mark.usefixtures("coarse_searches")
 def test_what_is_given_is_told_of_several_machines_and_of_none_if_nothing_is(hrm, hrm_json):
     args = ["--model", "mixtral-8x7b", *LENGTHS, "--gpus", "1xT4,1xL4"]
     assert "given on the command line: h2d-bandwidth 24.0 GB/s" in hrm("search", *args, *GIVEN[:2])[1]
@@ -102,6 +103,7 @@ def flat(args: dict[str, str]) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("coarse_searches")
 def test_every_remedy_of_an_infeasible_search_makes_it_feasible(hrm):
     rng, tried = Random(18), Counter[str]()
     for _ in range(14):
@@ -478,6 +480,7 @@ def test_the_same_spellings_name_the_gpus_of_a_machine_and_its_host():
     assert compose("1x tesla t4", "GCP n1 highmem 64").name == compose("1xT4").name
 
 
+@pytest.mark.usefixtures("coarse_searches")
 def test_names_with_what_styles_are_written_with_are_printed_as_they_are(hrm, tmp_path):
     model, gpu, policy = tmp_path / "[x] [bold]m", tmp_path / "gpu.yaml", tmp_path / "policy.json"
     name = "[bold]a[/] [/x]"
