@@ -1,7 +1,7 @@
 """The last step of a search: what the closed form cannot see, tried on the simulation itself."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Final
 
 import numpy as np
@@ -17,7 +17,8 @@ from hrm.search.scores import score_of, scores
 from hrm.search.space import Kind, KvPlace, Space
 from hrm.tasks import Device
 
-ROUNDS: Final = 2
+ROUNDS: Final = 4
+_FEW_ROUNDS: Final = 2  # where all layers have as many residents: then the closed form has led nearly there
 # Factors by which numbers of micro-batches (of as many requests), their sizes and chunks are changed.
 _NUMBERS: Final = (0.5, 0.75, 1.25, 1.5, 2.0)
 _SIZES: Final = (0.9, 0.95, 0.98, 1.02, 1.05, 1.1)
@@ -33,14 +34,15 @@ def polished(space: Space, simulated: tuple[Estimate, ...], greatest_tokens_per_
     than a policy that is called optimal may lie below the closed form, than what it does.
     """
     known = {predicted.policy: predicted for predicted in simulated}
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
         found = ranked(list(known.values()))
-        if not found:
+        if not found or (number >= _FEW_ROUNDS and _is_even(space, found[0].policy)):
             return found
         first = best = found[0].tokens_per_s
-        waits = best < greatest_tokens_per_s * (1 - OPTIMAL_GAP)
+        # The greatest closed form is of residents in all layers alike.
+        waits = best < greatest_tokens_per_s * (1 - OPTIMAL_GAP) or not _is_even(space, found[0].policy)
         enough = max(best if waits else greatest_tokens_per_s, space.known_tokens_per_s) * (1 + TIE)
-        for policy in _near(space, found[0], enough):
+        for policy in (*_in_layers(space, found), *_near(space, found[0].policy, enough)):
             if policy in known:
                 continue
             predicted = space.allowed_above(best * (1 - TIE), policy)
@@ -52,37 +54,54 @@ def polished(space: Space, simulated: tuple[Estimate, ...], greatest_tokens_per_
     return ranked(list(known.values()))
 
 
-def _near(space: Space, best: Estimate, enough: float) -> list[Policy]:
-    """Policies near by that fit and are better than that in closed form, and this one with whole layers resident."""
-    policy = best.policy
-    grid = make_grid(space, Kind.of_policy(policy), places_near(space, policy))
+def _in_layers(space: Space, found: Sequence[Estimate]) -> list[Policy]:
+    """Simulated policies with whole layers resident, best first, if that is better in closed form than the best is."""
+    enough = found[0].tokens_per_s * (1 + TIE)
+    rates = {policy: score_of(space, policy) for policy in (_in_whole_layers(space, one.policy) for one in found)}
+    return sorted((policy for policy, rate in rates.items() if rate > enough), key=lambda policy: -rates[policy])
+
+
+def _near(space: Space, policy: Policy, enough: float) -> list[Policy]:
+    """Policies near by that fit and are better than that in closed form."""
+    is_even = _is_even(space, policy)
+    grid = make_grid(space, Kind.of_policy(policy), places_near(space, policy, alike_in_all_layers=is_even))
     alike = (grid.resident_dense == policy.resident_dense) & (
         grid.gpu_prefill_ffn == (policy.prefill_ffn is Device.GPU)
     )
     grid = grid.take(np.flatnonzero(grid.fits & alike))
-    near = [grid.policy(space, int(index)) for index in np.flatnonzero(scores(space, grid) > enough)]
-    residents, in_whole = policy.resident_experts, _in_whole_layers(space, policy)
-    if residents != spread_experts(space.spec, sum(residents)):
-        return list(map(partial(_in_whole_layers, space), near))
-    return [in_whole, *near] if score_of(space, in_whole) > best.tokens_per_s * (1 + TIE) else near
+    if is_even:
+        return [grid.policy(space, int(index)) for index in np.flatnonzero(scores(space, grid) > enough)]
+    near = [_in_whole_layers(space, grid.policy(space, index)) for index in range(len(grid))]
+    return [other for other in near if score_of(space, other) > enough]
+
+
+def _is_even(space: Space, policy: Policy) -> bool:
+    residents = policy.resident_experts
+    return residents == spread_experts(space.spec, sum(residents))
 
 
 def _in_whole_layers(space: Space, policy: Policy) -> Policy:
     return replace(policy, resident_experts=in_whole_layers(space.spec, sum(policy.resident_experts)))
 
 
-def places_near(space: Space, policy: Policy) -> Ints:
-    """The places of the policy with other micro-batches, another share of the cache on the GPU, and other chunks."""
+def places_near(space: Space, policy: Policy, *, alike_in_all_layers: bool = True) -> Ints:
+    """The places of the policy with other micro-batches, another share of the cache on the GPU, and other chunks.
+
+    Where layers differ in their residents, of which the search knows nothing, batches are also much smaller or larger.
+    """
     size, number = policy.micro_batch_size, policy.num_micro_batches
     most_sizes, most_numbers = limits(space)
-    sizes, numbers = rounded(size * np.array(_SIZES)), rounded(number * np.array(_NUMBERS))
+    nearest = () if alike_in_all_layers else (-1, 1)
+    sizes = rounded(np.append(size * np.array(_SIZES), size + np.array(nearest)))
+    numbers = rounded(np.append(number * np.array(_NUMBERS), number + np.array(nearest)))
     numbers = numbers[numbers >= 1]
-    pairs = np.concatenate(
-        [
-            np.column_stack([sizes, np.full(len(sizes), number)]),
-            np.column_stack([-(-policy.batch_size // numbers), numbers]),
-        ]
-    )
+    pairs = [
+        np.column_stack([sizes, np.full(len(sizes), number)]),
+        np.column_stack([-(-policy.batch_size // numbers), numbers]),
+    ]
+    if not alike_in_all_layers:
+        pairs.append(np.column_stack([np.full(len(numbers), size), numbers]))
+    pairs = np.concatenate(pairs)
     pairs = pairs[(pairs[:, 0] >= 1) & (pairs[:, 0] <= most_sizes) & (pairs[:, 1] <= most_numbers)]
     pairs = levelled(pairs, space.workload.num_requests)
     chunk, longest = policy.prefill_chunk_tokens, chunk_ranges(space)[0].most

@@ -311,7 +311,7 @@ def run(tmp_path) -> Path:
     record = RunRecord(
         outcome="completed",
         schedule="cgopipe",
-        accelerator=AcceleratorRecord(name="emulated", description="emulated on the CPU"),
+        accelerator=AcceleratorRecord(name="emulated", emulated=True, description="emulated on the CPU"),
         totals=TotalsRecord(
             requests=64, prompt_tokens=2048, generated_tokens=320, prefill_s=1, decode_s=1, tokens_per_s=160
         ),
