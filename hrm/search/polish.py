@@ -87,7 +87,8 @@ def _in_whole_layers(space: Space, policy: Policy) -> Policy:
 def places_near(space: Space, policy: Policy, *, alike_in_all_layers: bool = True) -> Ints:
     """The places of the policy with other micro-batches, another share of the cache on the GPU, and other chunks.
 
-    Where layers differ in their residents, of which the search knows nothing, batches are also much smaller or larger.
+    Chunks are those that the space allows. Where layers differ in their residents, of which the search knows nothing,
+    batches are also much smaller or larger.
     """
     size, number = policy.micro_batch_size, policy.num_micro_batches
     most_sizes, most_numbers = limits(space)
@@ -104,8 +105,10 @@ def places_near(space: Space, policy: Policy, *, alike_in_all_layers: bool = Tru
     pairs = np.concatenate(pairs)
     pairs = pairs[(pairs[:, 0] >= 1) & (pairs[:, 0] <= most_sizes) & (pairs[:, 1] <= most_numbers)]
     pairs = levelled(pairs, space.workload.num_requests)
-    chunk, longest = policy.prefill_chunk_tokens, chunk_ranges(space)[0].most
-    chunks = np.clip(np.rint(chunk * np.array(_CHUNKS)).astype(np.int64), 1, longest)
+    chunk = policy.prefill_chunk_tokens
+    chunks = np.rint(chunk * np.array(_CHUNKS)).astype(np.int64)
+    inside = [(tried.least <= chunks) & (chunks <= tried.most) for tried in chunk_ranges(space)]
+    chunks = chunks[np.logical_or.reduce(inside)]
     is_some = Kind.of_policy(policy).kv is KvPlace.SOME
     shares = policy.kv_share_on_gpu + np.array(_KV_SHARES if is_some else ())
     columns = [

@@ -21,9 +21,10 @@ from hrm.parallel import tensor_parallel_obstacle
 from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.search import Outcome, Space, lattice, search, solver_named
 from hrm.search.choose import TIE
-from hrm.search.grid import ALL_THAT_FIT, make_grid
+from hrm.search.grid import ALL_THAT_FIT, CHUNK, make_grid
 from hrm.search.lattice import chunk_ranges, places_of
 from hrm.search.longest import with_longest_chunks
+from hrm.search.polish import places_near
 from hrm.search.space import Kind, KvPlace
 from hrm.search.ways import space_of_part
 from hrm.tasks import Device
@@ -184,6 +185,20 @@ def residency_cases() -> list[tuple[Space, Policy, int, bool]]:
             policy = grid.policy(space, index)
             cases.append((space, policy, int(grid.resident_total[index]), bool(grid.fits[index])))
     return cases
+
+
+@pytest.mark.parametrize(
+    ("longest", "allowed"), [(153, range(153, 10**6)), (4000, (*range(128, 1001), *range(4000, 10**6)))]
+)
+def test_the_last_step_splits_prompts_only_into_parts_that_are_searched(longest, allowed):
+    """Short parts look as good in a plan, and took twice as long to run."""
+    workload = replace(WORKLOAD, max_prompt_len=longest, num_requests=None)
+    space = Space(BUILT_IN_MODELS["mixtral-8x7b"], compose("1xA100-80G"), workload)
+    best = search(space, bounded=False).require().policy
+    for chunk in (longest, 2 * longest, 10 * longest):
+        near = places_near(space, replace(best, prefill_chunk_tokens=chunk))[:, CHUNK].tolist()
+        assert len(set(near)) > 3
+        assert set(near) <= set(allowed)
 
 
 def test_the_grids_residency_is_the_most_that_a_loop_over_all_counts_fits():
