@@ -139,24 +139,21 @@ def limits_of(
     What each cause would save is found in closed form. Where it is not clear which would save most,
     those that may are predicted, which takes longer.
     """
-
-    @cache
-    def of_causes() -> dict[Cause, Costs]:
-        return _at_costs(costs, 0.5)
+    cheaper = _at_costs(costs, 0.5)
 
     @cache
     def closed(cause: Cause | None, phase: Phase) -> PhaseWork:
-        return phase_work(phase, costs if cause is None else of_causes()[cause], turns, workload)
+        return phase_work(phase, costs if cause is None else cheaper[cause], turns, workload)
 
     @cache
     def predicted_s(cause: Cause | None, phase: Phase) -> float:
-        return seconds_of(costs if cause is None else of_causes()[cause], phase)
+        return seconds_of(costs if cause is None else cheaper[cause], phase)
 
     def limit(phases: tuple[Phase, ...]) -> Limit:
         def work(cause: Cause | None) -> PhaseWork:
             return PhaseWork.total((1.0, closed(cause, phase)) for phase in phases)
 
-        halved = {cause: work(cause) for cause in of_causes()}
+        halved = {cause: work(cause) for cause in cheaper}
         return _limit(work(None), halved, lambda cause: sum(predicted_s(cause, phase) for phase in phases))
 
     return Limits(limit)
