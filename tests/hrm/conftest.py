@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hrm.cli import main
-from hrm.search import SearchResult, Solver, Space, bound, ways
+from hrm.search import SearchResult, Solver, Space, bound, choose, exhaustive, polish, ways
 
 REGIONS = 6000
 
@@ -30,22 +30,24 @@ def coarse_searches(monkeypatch, rough_bounds):
 
     What fits at all is decided there: integers are refined around what does.
     """
-    monkeypatch.setattr("hrm.search.exhaustive.REACHES", ())
-    monkeypatch.setattr("hrm.search.choose.MAX_SIMULATED", 1)
-    monkeypatch.setattr("hrm.search.polish.ROUNDS", 0)
+    monkeypatch.setattr(exhaustive, "REACHES", ())
+    monkeypatch.setattr(choose, "MAX_SIMULATED", 1)
+    monkeypatch.setattr(polish, "ROUNDS", 0)
 
 
 @pytest.fixture(scope="module")
 def searches_kept():
     """A module's searches, each done once: by several tests, or for one that lays many of them beside each by itself.
 
-    A search of another space, by another solver or of other bounds is another one; one without is as good with them.
+    A search of another space, by another solver, one that goes as far as another or has other bounds is another one;
+    one without bounds is as good with them.
     """
     found: dict[tuple[object, ...], SearchResult] = {}
     search = ways._search
 
     def kept(space: Space, solver: Solver, runner_ups: int, *, bounded: bool) -> SearchResult:
-        asked = repr(space), repr(solver), runner_ups, bound.BUDGET, bound.LARGEST_BUDGET
+        how_far = exhaustive.REACHES, choose.MAX_SIMULATED, polish.ROUNDS, bound.BUDGET, bound.LARGEST_BUDGET
+        asked = repr(space), repr(solver), runner_ups, how_far
         if asked not in found:
             found[asked] = search(space, solver, runner_ups, bounded=True)
         return found[asked]
