@@ -175,7 +175,7 @@ class _Searched:
 
     def bound(self, known_tokens_per_s: float, most_regions: int = LARGEST_BUDGET) -> Bound:
         """A bound on all of it; with limits on waiting times there is none."""
-        if self.hopeless or self.before.tokens_per_s <= known_tokens_per_s * (1 + CLOSE):
+        if self.hopeless:
             return self.before
         if self.spaces is None or self.whole.limits != NO_LIMITS:
             return NO_BOUND
