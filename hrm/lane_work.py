@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import sqrt
 from typing import Final, NamedTuple
 
 from hrm.acts import Counts, Load
@@ -52,12 +53,23 @@ class PhaseSeconds(NamedTuple):
     def _at_memory(self) -> float:
         """How much longer work on the host's memory takes because all of it wants more than there is.
 
-        Only as far as the memory is what limits the phase: until then, work can give way in turn.
+        What more it takes than the busiest lane that uses the memory is spread over the time of the phase: as if the
+        others used it at random times. A chain of tasks that takes longer so leaves them more time.
         """
-        if self.host_memory_s <= max(self.lanes.values()):
+        using = max(float(seconds) for lane, seconds in self.lanes.items() if lane is not Lane.GPU)
+        contended = float(self.host_memory_s) - using
+        if contended <= 0 or using <= 0:
             return 1.0
-        using = max(seconds for lane, seconds in self.lanes.items() if lane is not Lane.GPU)
-        return float(self.host_memory_s / using) if using > 0 else 1.0
+        chained = {act.lane is Lane.GPU: 0.0 for act in self.acts}
+        for act, seconds in self.acts.items():
+            chained[act.lane is Lane.GPU] += float(seconds) if act.chained else 0.0
+        # T = longest, or if that is more, T = apart + together * T / (T - contended).
+        in_all = sum(chained.values())
+        apart = float(self.chain_s) * chained.get(True, 0.0) / in_all if in_all > 0 else 0.0
+        half = (contended + float(self.chain_s)) / 2
+        of_chain = half + sqrt(max(half**2 - apart * contended, 0.0))
+        phase_s = max(*(float(seconds) for seconds in self.lanes.values()), float(self.host_memory_s), of_chain)
+        return phase_s / (phase_s - contended)
 
 
 @dataclass(frozen=True, slots=True)

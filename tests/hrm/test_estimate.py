@@ -14,10 +14,12 @@ from hrm.errors import PolicyError
 from hrm.estimate import estimate
 from hrm.formats import Formats
 from hrm.hardware import Figure, HardwareProfile, LaneThreads, Source
+from hrm.layers import ExpertDivision
 from hrm.machines import compose
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.phases import decode_work, prefill_seconds, prefill_work, simulate_work, step_seconds
 from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
+from hrm.scaling import Resource, scale
 from hrm.schedules import SCHEDULES, decode_pipeline, iter_tasks, pages_of
 from hrm.search import Space
 from hrm.tasks import Device, Lane
@@ -446,3 +448,28 @@ def test_a_policy_is_given_up_only_if_it_is_slower_than_asked():
             assert predicted is not None or whole.tokens_per_s < enough
             given_up, slower = given_up + (predicted is None), slower + (whole.tokens_per_s < enough)
     assert 0.5 * slower < given_up
+
+
+def test_a_little_more_of_a_rate_changes_little_where_links_share_the_hosts_memory():
+    """Eight GPUs move hidden states both ways at once; about where that takes as long as what they compute."""
+    spec, profile = BUILT_IN_MODELS["gemma-4-26b-a4b"], compose("8xH200")
+    policy = Policy(
+        batch_size=17663,
+        micro_batch_size=17663,
+        attention=Device.GPU,
+        resident_experts=(16,) * spec.num_layers,
+        resident_dense=False,
+        gpu_kv_micro_batches=1,
+        kv_tokens_per_micro_batch=kv_tokens_for(17663, 450, 546),
+        prefill_chunk_tokens=8500,
+        expert_division=ExpertDivision.WHOLE,
+    )
+    for resource in (Resource.GPU_FLOPS, Resource.H2D_BANDWIDTH, Resource.D2H_BANDWIDTH, Resource.CPU_BANDWIDTH):
+        rates = [
+            estimate(spec, policy, scale(profile, resource, 0.8 + 0.02 * i), WORKLOADS["mtbench"]).tokens_per_s
+            for i in range(21)
+        ]
+        steps = np.diff(rates) / rates[:-1]
+        # The quicker a link, the more of the memory it takes from the other.
+        assert steps.min() > -1e-3, f"more of {resource}: {rates}"
+        assert steps.max() < 0.03, f"more of {resource}: {rates}"
