@@ -60,12 +60,10 @@ class PhaseSeconds(NamedTuple):
         contended = float(self.host_memory_s) - using
         if contended <= 0 or using <= 0:
             return 1.0
-        chained = {act.lane is Lane.GPU: 0.0 for act in self.acts}
-        for act, seconds in self.acts.items():
-            chained[act.lane is Lane.GPU] += float(seconds) if act.chained else 0.0
         # T = longest, or if that is more, T = apart + together * T / (T - contended).
-        in_all = sum(chained.values())
-        apart = float(self.chain_s) * chained.get(True, 0.0) / in_all if in_all > 0 else 0.0
+        chained = {act: float(seconds) for act, seconds in self.acts.items() if act.chained}
+        on_gpu = sum(seconds for act, seconds in chained.items() if act.lane is Lane.GPU)
+        apart = float(self.chain_s) * on_gpu / max(sum(chained.values()), _NEARLY_NOTHING_S)
         half = (contended + float(self.chain_s)) / 2
         of_chain = half + sqrt(max(half**2 - apart * contended, 0.0))
         phase_s = max(*(float(seconds) for seconds in self.lanes.values()), float(self.host_memory_s), of_chain)
