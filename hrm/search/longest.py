@@ -31,15 +31,17 @@ def _shortened(space: Space, grid: Grid, least: int, residents: int) -> Grid:
     grid = grid.take(np.flatnonzero(too_long))
     if not len(grid):
         return grid
-    # Bytes bend where a chunk is as long as a micro-batch is large, and upwards.
-    ends = np.stack([np.full(len(grid), least), grid.chunk_tokens])
-    tokens = np.stack([ends[0], np.clip(grid.micro_batch_size, *ends), ends[1]])
-    thrice = grid.take(np.tile(np.arange(len(grid)), 3))
-    left = _left(space, thrice, tokens.ravel(), residents).reshape(tokens.shape)
+    # Bytes are lines in the chunk between these.
+    ends = least, grid.chunk_tokens
+    bends = [np.clip(bend, *ends) for bend in (grid.micro_batch_size, grid.batch_size)]
+    tokens = np.sort(np.stack([np.full(len(grid), least), *bends, grid.chunk_tokens]), axis=0)
+    each = grid.take(np.tile(np.arange(len(grid)), len(tokens)))
+    left = _left(space, each, tokens.ravel(), residents).reshape(tokens.shape)
     shortest_fits = np.flatnonzero(left[0] >= 0)
     grid, tokens, left = grid.take(shortest_fits), tokens[:, shortest_fits], left[:, shortest_fits]
-    columns, before = np.arange(len(grid)), (left[1] < 0).astype(np.int64)  # the bend, room ends
-    near, far = (1 - before, columns), (2 - before, columns)
+    columns = np.arange(len(grid))
+    line = (left[1:-1] >= 0).sum(axis=0)  # on which room ends, or the last
+    near, far = (line, columns), (line + 1, columns)
     share = np.clip(left[near] / np.maximum(left[near] - left[far], 1), 0, 1)
     return grid.with_chunks(space, tokens[near] + (share * (tokens[far] - tokens[near])).astype(np.int64))
 

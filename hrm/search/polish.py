@@ -6,12 +6,15 @@ from typing import Final
 
 import numpy as np
 
+from hrm.contract.rings import WEIGHT_SLOTS
 from hrm.estimate import Estimate
+from hrm.memory import plan_memory
 from hrm.policy import Policy, in_whole_layers, spread_experts
 from hrm.search.choose import TIE, ranked
 from hrm.search.fit import Ints
 from hrm.search.grid import ALL_THAT_FIT, make_grid
-from hrm.search.lattice import chunk_ranges, levelled, limits, rounded
+from hrm.search.lattice import LEAST_CHUNK_TOKENS, ChunkRange, chunk_ranges, levelled, limits, rounded
+from hrm.search.longest import with_longest_chunks
 from hrm.search.result import OPTIMAL_GAP
 from hrm.search.scores import score_of, scores
 from hrm.search.space import Kind, KvPlace, Space
@@ -23,15 +26,16 @@ _FEW_ROUNDS: Final = 2  # where all layers have as many residents: then the clos
 _NUMBERS: Final = (0.5, 0.75, 1.25, 1.5, 2.0)
 _SIZES: Final = (0.9, 0.95, 0.98, 1.02, 1.05, 1.1)
 _CHUNKS: Final = (0.12, 0.18, 0.25, 0.35, 0.5, 0.6, 0.7, 0.85, 1.2, 1.5, 2.0)
-_KV_SHARES: Final = (-0.05, 0.05)  # and by which so much more of the KV cache is on the GPU
+_KV_SHARE: Final = 0.05  # of the KV cache that is moved to the GPU, or away from it
 
 
 def polished(space: Space, simulated: tuple[Estimate, ...], greatest_tokens_per_s: float) -> tuple[Estimate, ...]:
     """The simulated policies, best first, with better ones among them if there are any near by.
 
-    Resident experts may as well be those of whole layers. Micro-batches, their number and caches, and chunks are
-    changed one at a time, if that is better in closed form than all that was found or, where waits cost the best more
-    than a policy that is called optimal may lie below the closed form, than what it does.
+    Resident experts may as well be those of whole layers. Micro-batches, their number and caches, chunks, and where
+    projections lie and prefill computes experts are changed one at a time; what then does not fit has shorter chunks.
+    That is simulated if it is better in closed form than all that was found or, where waits cost the best more than
+    a policy that is called optimal may lie below the closed form, than what it does.
     """
     known = {predicted.policy: predicted for predicted in simulated}
     for number in range(ROUNDS):
@@ -63,15 +67,20 @@ def _in_layers(space: Space, found: Sequence[Estimate]) -> list[Policy]:
 
 def _near(space: Space, policy: Policy, enough: float) -> list[Policy]:
     """Policies near by that fit and are better than that in closed form."""
-    is_even = _is_even(space, policy)
-    grid = make_grid(space, Kind.of_policy(policy), places_near(space, policy, alike_in_all_layers=is_even))
+    kind, places = Kind.of_policy(policy), places_near(space, policy)
+    grid = make_grid(space, kind, places)
+    own = np.arange(len(grid)) < len(grid) // len(places)
+    shorter = ChunkRange(min(_least_chunk(space), policy.prefill_chunk_tokens), policy.prefill_chunk_tokens)
+    grid = grid.and_also(with_longest_chunks(space, kind, shorter, places))
     alike = (grid.resident_dense == policy.resident_dense) & (
         grid.gpu_prefill_ffn == (policy.prefill_ffn is Device.GPU)
     )
+    alike[: len(own)] |= own
     grid = grid.take(np.flatnonzero(grid.fits & alike))
-    if is_even:
-        return [grid.policy(space, int(index)) for index in np.flatnonzero(scores(space, grid) > enough)]
-    near = [_in_whole_layers(space, grid.policy(space, index)) for index in range(len(grid))]
+    if _is_even(space, policy):
+        near = [grid.policy(space, int(index)) for index in np.flatnonzero(scores(space, grid) > enough)]
+        return list(dict.fromkeys(near))
+    near = dict.fromkeys(_in_whole_layers(space, grid.policy(space, index)) for index in range(len(grid)))
     return [other for other in near if score_of(space, other) > enough]
 
 
@@ -81,45 +90,64 @@ def _is_even(space: Space, policy: Policy) -> bool:
 
 
 def _in_whole_layers(space: Space, policy: Policy) -> Policy:
-    return replace(policy, resident_experts=in_whole_layers(space.spec, sum(policy.resident_experts)))
+    """The policy with its residents in whole layers, or with as many as fit beside slots for the others."""
+    total = sum(policy.resident_experts)
+    fewer = max(total - WEIGHT_SLOTS * (total // space.spec.num_expert_layers), 0)
+    tried = (replace(policy, resident_experts=in_whole_layers(space.spec, count)) for count in (total, fewer))
+    return next((other for other in tried if plan_memory(space.spec, other, space.profile).fits), policy)
 
 
-def places_near(space: Space, policy: Policy, *, alike_in_all_layers: bool = True) -> Ints:
-    """The places of the policy with other micro-batches, another share of the cache on the GPU, and other chunks.
+def places_near(space: Space, policy: Policy) -> Ints:
+    """The policy's own place, then those with other micro-batches, another share of the cache on the GPU, other chunks.
 
-    Chunks are those that the space allows. Where layers differ in their residents, of which the search knows nothing,
-    batches are also much smaller or larger.
+    Chunks are no shorter than those that the search tries of long prompts, and of short ones they split none.
     """
+    size, number, chunk = policy.micro_batch_size, policy.num_micro_batches, policy.prefill_chunk_tokens
+    share, pairs = policy.kv_share_on_gpu, _pairs_near(space, policy)
+    chunks = np.rint(chunk * np.array(_CHUNKS)).astype(np.int64)
+    chunks = chunks[(_least_chunk(space) <= chunks) & (chunks <= chunk_ranges(space)[0].most)]
+    columns = [(size, number, share, chunk), (pairs[:, 0], pairs[:, 1], share, chunk), (size, number, share, chunks)]
+    rows = np.concatenate([np.column_stack(np.broadcast_arrays(*each)) for each in columns])
+    rows[:, 2] = np.rint(rows[:, 1] * rows[:, 2])
+    if Kind.of_policy(policy).kv is KvPlace.SOME:
+        rows = rows[rows[:, 1] > 1]
+        rows[:, 2] = np.clip(rows[:, 2], 1, rows[:, 1] - 1)
+    of_cache = np.column_stack(np.broadcast_arrays(size, number, _caches_near(space, policy), chunk))
+    rows = np.concatenate([rows, of_cache]).astype(np.int64)
+    return np.column_stack([rows[:, :3], np.full(len(rows), ALL_THAT_FIT), rows[:, 3]])
+
+
+def _pairs_near(space: Space, policy: Policy) -> Ints:
+    """Other sizes of micro-batches, and other numbers of them: of as many requests, and of as large ones."""
     size, number = policy.micro_batch_size, policy.num_micro_batches
     most_sizes, most_numbers = limits(space)
-    nearest = () if alike_in_all_layers else (-1, 1)
-    sizes = rounded(np.append(size * np.array(_SIZES), size + np.array(nearest)))
-    numbers = rounded(np.append(number * np.array(_NUMBERS), number + np.array(nearest)))
+    nearest = () if _is_even(space, policy) else (-1, 1)  # which the search has tried there
+    sizes, numbers = (
+        rounded(np.append(now * np.array(factors), now + np.array(nearest)))
+        for now, factors in ((size, _SIZES), (number, _NUMBERS))
+    )
     numbers = numbers[numbers >= 1]
-    pairs = [
-        np.column_stack([sizes, np.full(len(sizes), number)]),
-        np.column_stack([-(-policy.batch_size // numbers), numbers]),
-    ]
-    if not alike_in_all_layers:
-        pairs.append(np.column_stack([np.full(len(numbers), size), numbers]))
-    pairs = np.concatenate(pairs)
+    pairs = np.concatenate(
+        [
+            np.column_stack(np.broadcast_arrays(sizes, number)),
+            np.column_stack([-(-policy.batch_size // numbers), numbers]),
+            np.column_stack(np.broadcast_arrays(size, numbers)),
+        ]
+    )
     pairs = pairs[(pairs[:, 0] >= 1) & (pairs[:, 0] <= most_sizes) & (pairs[:, 1] <= most_numbers)]
-    pairs = levelled(pairs, space.workload.num_requests)
-    chunk = policy.prefill_chunk_tokens
-    chunks = np.rint(chunk * np.array(_CHUNKS)).astype(np.int64)
-    inside = [(tried.least <= chunks) & (chunks <= tried.most) for tried in chunk_ranges(space)]
-    chunks = chunks[np.logical_or.reduce(inside)]
-    is_some = Kind.of_policy(policy).kv is KvPlace.SOME
-    shares = policy.kv_share_on_gpu + np.array(_KV_SHARES if is_some else ())
-    columns = [
-        (pairs[:, 0], pairs[:, 1], policy.kv_share_on_gpu, chunk),
-        (size, number, shares, chunk),
-        (size, number, policy.kv_share_on_gpu, chunks),
-    ]
-    rows = np.concatenate([np.column_stack(np.broadcast_arrays(*each)) for each in columns])
-    if is_some:
-        rows = rows[rows[:, 1] > 1]
-    counts = np.rint(rows[:, 1] * rows[:, 2])
-    counts = np.clip(counts, 1, rows[:, 1] - 1) if is_some else counts
-    parts = np.full(len(rows), ALL_THAT_FIT)
-    return np.column_stack([rows[:, 0], rows[:, 1], counts, parts, rows[:, 3]]).astype(np.int64)
+    return levelled(pairs, space.workload.num_requests)
+
+
+def _caches_near(space: Space, policy: Policy) -> Ints:
+    """Other numbers of micro-batches that have their cache on the GPU, as far as the space allows."""
+    number, held = policy.num_micro_batches, policy.gpu_kv_micro_batches
+    few = _KV_SHARE * number
+    near = rounded(np.clip([held - few, held - 1, held + 1, held + few], 0, number))
+    allowed = {kind.kv for kind in space.kinds()}
+    return near[[KvPlace.of(int(count), number) in allowed for count in near]]
+
+
+def _least_chunk(space: Space) -> int:
+    """Tokens of the shortest chunk that is tried: a part of a prompt only if that is long."""
+    longest = space.workload.max_prompt_len
+    return LEAST_CHUNK_TOKENS if longest >= 2 * LEAST_CHUNK_TOKENS else longest

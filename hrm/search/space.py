@@ -28,6 +28,12 @@ class KvPlace(IntEnum):
     SOME = 1
     ALL = 2
 
+    @staticmethod
+    def of(on_gpu: int, num_micro_batches: int) -> "KvPlace":
+        """How much it is where so many micro-batches have theirs there."""
+        everywhere = KvPlace.ALL if on_gpu == num_micro_batches else KvPlace.SOME
+        return everywhere if on_gpu else KvPlace.NONE
+
 
 @dataclass(frozen=True, slots=True)
 class Kind:
@@ -40,12 +46,10 @@ class Kind:
     @staticmethod
     def of_policy(policy: Policy) -> "Kind":
         """The kind that a policy is of."""
-        on_gpu = policy.gpu_kv_micro_batches
-        everywhere = KvPlace.ALL if on_gpu == policy.num_micro_batches else KvPlace.SOME
         return Kind(
             gpu_attention=int(policy.attention is Device.GPU),
             gpu_ffn=int(policy.ffn is Device.GPU),
-            kv=everywhere if on_gpu else KvPlace.NONE,
+            kv=KvPlace.of(policy.gpu_kv_micro_batches, policy.num_micro_batches),
         )
 
 

@@ -203,6 +203,18 @@ def test_what_is_found_is_no_better_with_its_residents_in_whole_layers(seed):
     assert again.tokens_per_s <= best.tokens_per_s * 1.002
 
 
+@pytest.mark.parametrize(
+    ("seed", "least"),
+    [
+        (100_151, 0.779),  # 0.773 with the only prompt in one piece
+        (100_486, 172.0),  # 166.9 with chunks that were too long for larger batches
+        (100_788, 75.5),  # 72.5 with all projections on the GPU
+    ],
+)
+def test_the_last_step_finds_what_was_missed(seed, least):
+    assert searched(random_case(Random(seed))).require().tokens_per_s > least
+
+
 def test_a_host_smaller_than_the_model_is_searched_whole():
     """All of it fits the GPUs: this once gave 213.6 tokens/s, called optimal."""
     profile = with_memory(compose("2xA100-80G"), cpu_memory_bytes=64 * GB)
