@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hrm.contract.rings import WEIGHT_SLOTS
 from hrm.estimate import Estimate
@@ -12,8 +13,8 @@ from hrm.memory import plan_memory
 from hrm.policy import Policy, in_whole_layers, spread_experts
 from hrm.search.choose import TIE, ranked
 from hrm.search.fit import Ints
-from hrm.search.grid import ALL_THAT_FIT, make_grid
-from hrm.search.lattice import LEAST_CHUNK_TOKENS, ChunkRange, chunk_ranges, levelled, limits, rounded
+from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
+from hrm.search.lattice import LEAST_CHUNK_TOKENS, ChunkRange, levelled, limits, rounded
 from hrm.search.longest import with_longest_chunks
 from hrm.search.result import OPTIMAL_GAP
 from hrm.search.scores import score_of, scores
@@ -59,10 +60,30 @@ def polished(space: Space, simulated: tuple[Estimate, ...], greatest_tokens_per_
 
 
 def _in_layers(space: Space, found: Sequence[Estimate]) -> list[Policy]:
-    """Simulated policies with whole layers resident, best first, if that is better in closed form than the best is."""
+    """Simulated policies with whole layers resident, best first, if that is better in closed form than the best is.
+
+    Where the CPU computes the others, few in all layers may be worse than none, and whole layers better.
+    """
     enough = found[0].tokens_per_s * (1 + TIE)
-    rates = {policy: score_of(space, policy) for policy in (_in_whole_layers(space, one.policy) for one in found)}
+    policies = [one.policy for one in found]
+    policies += [_with_all_that_fit(space, policy) for policy in policies if policy.ffn is Device.CPU]
+    rates = {policy: score_of(space, policy) for policy in (_in_whole_layers(space, policy) for policy in policies)}
     return sorted((policy for policy, rate in rates.items() if rate > enough), key=lambda policy: -rates[policy])
+
+
+def _with_all_that_fit(space: Space, policy: Policy) -> Policy:
+    """The policy with as many residents as fit."""
+    number, held, chunk = policy.num_micro_batches, policy.gpu_kv_micro_batches, policy.prefill_chunk_tokens
+    place = np.array([[policy.micro_batch_size, number, held, ALL_THAT_FIT, chunk]])
+    grid = make_grid(space, Kind.of_policy(policy), place)
+    totals = grid.resident_total[_is_alike(grid, policy)].tolist()  # none where prefill only runs there as all do
+    return replace(policy, resident_experts=spread_experts(space.spec, totals[0])) if totals else policy
+
+
+def _is_alike(grid: Grid, policy: Policy) -> NDArray[np.bool_]:
+    """Where projections lie and prefill computes experts as in the policy."""
+    in_prefill = policy.prefill_ffn is Device.GPU
+    return (grid.resident_dense == policy.resident_dense) & (grid.gpu_prefill_ffn == in_prefill)
 
 
 def _near(space: Space, policy: Policy, enough: float) -> list[Policy]:
@@ -72,9 +93,7 @@ def _near(space: Space, policy: Policy, enough: float) -> list[Policy]:
     own = np.arange(len(grid)) < len(grid) // len(places)
     shorter = ChunkRange(min(_least_chunk(space), policy.prefill_chunk_tokens), policy.prefill_chunk_tokens)
     grid = grid.and_also(with_longest_chunks(space, kind, shorter, places))
-    alike = (grid.resident_dense == policy.resident_dense) & (
-        grid.gpu_prefill_ffn == (policy.prefill_ffn is Device.GPU)
-    )
+    alike = _is_alike(grid, policy)
     alike[: len(own)] |= own
     grid = grid.take(np.flatnonzero(grid.fits & alike))
     if _is_even(space, policy):
@@ -105,7 +124,7 @@ def places_near(space: Space, policy: Policy) -> Ints:
     size, number, chunk = policy.micro_batch_size, policy.num_micro_batches, policy.prefill_chunk_tokens
     share, pairs = policy.kv_share_on_gpu, _pairs_near(space, policy)
     chunks = np.rint(chunk * np.array(_CHUNKS)).astype(np.int64)
-    chunks = chunks[(_least_chunk(space) <= chunks) & (chunks <= chunk_ranges(space)[0].most)]
+    chunks = chunks[chunks >= _least_chunk(space)]
     columns = [(size, number, share, chunk), (pairs[:, 0], pairs[:, 1], share, chunk), (size, number, share, chunks)]
     rows = np.concatenate([np.column_stack(np.broadcast_arrays(*each)) for each in columns])
     rows[:, 2] = np.rint(rows[:, 1] * rows[:, 2])
