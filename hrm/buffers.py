@@ -7,6 +7,8 @@ what is planned is what is allocated.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
+from typing import NamedTuple
 
 from hrm.contract.rings import BUFFERS, EXPERT_SLOTS, STAGING_PAGES, WEIGHT_SLOTS
 from hrm.contract.rows import COUNT_BYTES, KV_BLOCK_TOKENS, LOGIT_BYTES, REQUEST_NUMBER_BYTES, TOKEN_NUMBER_BYTES
@@ -40,8 +42,7 @@ class Purpose(StrEnum):
     PREFILL_HIDDEN = "prefill_hidden"
 
 
-@dataclass(frozen=True, slots=True)
-class Allocation:
+class Allocation(NamedTuple):
     """Memory for one purpose at one level: `turns` of `size` bytes each."""
 
     purpose: Purpose
@@ -63,6 +64,53 @@ def by_purpose(buffers: Iterable[Allocation]) -> dict[Purpose, Number]:
 def bytes_by_purpose(buffers: Iterable[Allocation]) -> dict[Purpose, int]:
     """The same where they are those of one policy."""
     return {purpose: int(num_bytes) for purpose, num_bytes in by_purpose(buffers).items()}
+
+
+class _OfModel(NamedTuple):
+    """Bytes that a model has in given formats, whatever the policy.
+
+    `residual` is a token's hidden state between layers, `routed` a token with its routing on its way to the CPU's
+    experts. Of a request decode has buffers for `exchanged`, for `with_experts` more where these are on the CPU, and
+    for `held`, which waits on the GPU while attention is computed. A split prompt keeps `prefix_state` on the GPU, or
+    `prefix_token` for each of its tokens. `for_attention` and `for_experts` are what the CPU needs of all layers for
+    these. `counts` are those of tokens of each expert.
+    """
+
+    residual: int
+    routed: int
+    exchanged: int
+    with_experts: int
+    held: int
+    prefix_state: int
+    prefix_token: int
+    head: int
+    embedding: int
+    for_attention: int
+    for_experts: int
+    counts: int
+
+
+@lru_cache(maxsize=64)  # searches ask it of the same model thousands of times
+def _of_model(spec: ModelSpec, formats: Formats) -> _OfModel:
+    compute, weights, kinds = formats.compute, formats.weights, spec.layer_kinds()
+    mixers = [kind.mixer for kind in kinds]
+    computed = compute.bytes_of(spec.residual_size + max(mixer.returned_elements for mixer in mixers))
+    sent = max(mixer.sent_bytes(formats) for mixer in mixers)
+    routed = int(routed_token_bytes(spec, formats, 1))
+    return _OfModel(
+        residual=compute.bytes_of(spec.residual_size),
+        routed=routed,
+        exchanged=computed + sent + spec.num_reaches * REQUEST_NUMBER_BYTES,
+        with_experts=compute.bytes_of(spec.hidden_size) + routed,
+        held=compute.bytes_of(max(mixer.held_elements for mixer in mixers)),
+        prefix_state=max(mixer.state_bytes(formats) for mixer in mixers),
+        prefix_token=max(mixer.prefix_bytes(formats) for mixer in mixers),
+        head=weights.bytes_of(spec.head_parameters),
+        embedding=weights.bytes_of(spec.embedding_parameters),
+        for_attention=sum(count * kind.mixer.host_bytes(weights) for kind, count in kinds.items()),
+        for_experts=sum(count * block.host_bytes(weights) for kind, count in kinds.items() for block in kind.ffn),
+        counts=COUNT_BYTES * spec.num_layers * spec.experts.all_experts,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,20 +188,17 @@ class Needs:
 
     def on_gpu(self) -> tuple[Allocation, ...]:
         """The buffers at the GPU's level."""
-        spec = self.spec
-        compute, weights = self.formats.compute, self.formats.weights
+        spec, compute, of_model = self.spec, self.formats.compute, _of_model(self.spec, self.formats)
         cached = cache_bytes(spec, self.formats, self.micro_batch_size, self.kv_tokens)
         of_layer = layer_cache_bytes(spec, self.formats, self.micro_batch_size, self.kv_tokens)
         ending = minimum(self.batch_size, self.chunk_tokens)  # prompts that may end in a chunk, however short
-        token = compute.bytes_of(spec.residual_size) + TOKEN_NUMBER_BYTES
-        routed = self.cpu_prefill_experts * routed_token_bytes(spec, self.formats, 1)
-        chunk = self.chunk_tokens * (token + routed) + layer_cache_bytes(spec, self.formats, ending, self.chunk_tokens)
-        request = exchange_bytes_per_request(spec, self.formats, ffn_on_cpu=self.cpu_experts)
-        request = request + held_bytes_per_request(spec, self.formats)
+        token = of_model.residual + TOKEN_NUMBER_BYTES + self.cpu_prefill_experts * of_model.routed
+        chunk = self.chunk_tokens * token + layer_cache_bytes(spec, self.formats, ending, self.chunk_tokens)
+        request = of_model.exchanged + self.cpu_experts * of_model.with_experts + of_model.held
         at_once = maximum(self.micro_batch_size, self.chunk_tokens)
         workspace = workspace_bytes(spec, at_once, compute, longest_tokens=self.kv_tokens)
         rows = (
-            (Purpose.RESIDENT_WEIGHTS, 1, self.resident_bytes + weights.bytes_of(spec.head_parameters)),
+            (Purpose.RESIDENT_WEIGHTS, 1, self.resident_bytes + of_model.head),
             (Purpose.WEIGHT_SLOTS, WEIGHT_SLOTS, self.largest_streamed_bytes),
             (Purpose.EXPERT_SLOTS, EXPERT_SLOTS, self.part_bytes),
             (Purpose.KV_CACHE, self.batches * self.gpu_kv_micro_batches, cached),
@@ -161,7 +206,7 @@ class Needs:
             (Purpose.EXCHANGE, self.places, request),
             (Purpose.PREFILL_BUFFERS, BUFFERS, chunk),
             (Purpose.PREFIX_BUFFER, 1, prefix_bytes(spec, self.formats, self.prefix_tokens)),
-            (Purpose.WORKSPACE, 1, workspace + COUNT_BYTES * spec.num_layers * spec.experts.all_experts),
+            (Purpose.WORKSPACE, 1, workspace + of_model.counts),
             (Purpose.LOGITS, 1, logits_bytes(spec, compute, self.micro_batch_size)),
         )
         return tuple(Allocation(purpose, Device.GPU, turns, size) for purpose, turns, size in rows)
@@ -172,27 +217,23 @@ class Needs:
         What the CPU needs of a layer for attention or experts lies there also where the layer is
         resident on the GPU.
         """
-        spec, compute, weights = self.spec, self.formats.compute, self.formats.weights
+        spec, of_model = self.spec, _of_model(self.spec, self.formats)
         cached = cache_bytes(spec, self.formats, self.micro_batch_size, self.kv_tokens)
-        token = compute.bytes_of(spec.residual_size) + TOKEN_NUMBER_BYTES
-        kinds = spec.layer_kinds().items()
-        for_attention = sum(count * kind.mixer.host_bytes(weights) for kind, count in kinds)
-        for_experts = sum(count * block.host_bytes(weights) for kind, count in kinds for block in kind.ffn)
-        held_twice = self.resident_dense * (self.cpu_attention * for_attention + self.cpu_experts * for_experts)
+        for_both = self.cpu_attention * of_model.for_attention + self.cpu_experts * of_model.for_experts
         off_gpu = self.num_micro_batches - self.gpu_kv_micro_batches
-        request = exchange_bytes_per_request(spec, self.formats, ffn_on_cpu=self.cpu_experts)
-        sent = (self.batches > 1) * compute.bytes_of(spec.residual_size)
+        request = of_model.exchanged + self.cpu_experts * of_model.with_experts
+        sent = (self.batches > 1) * of_model.residual
         in_chunk = self.cpu_prefill_experts * self.chunk_tokens
-        routed = in_chunk * routed_token_bytes(spec, self.formats, 1)
         at_once = maximum(self.micro_batch_size, in_chunk)
+        token = of_model.residual + TOKEN_NUMBER_BYTES
         rows = (
-            (Purpose.WEIGHTS, 1, self.host_bytes + weights.bytes_of(spec.embedding_parameters) + held_twice),
+            (Purpose.WEIGHTS, 1, self.host_bytes + of_model.embedding + self.resident_dense * for_both),
             (Purpose.STAGING, self.staging_slots, self.page_bytes),
             (Purpose.KV_CACHE, self.batches * off_gpu, cached),
             (Purpose.EXCHANGE, self.places, request + sent),
-            (Purpose.PREFILL_BUFFERS, BUFFERS, routed),
+            (Purpose.PREFILL_BUFFERS, BUFFERS, in_chunk * of_model.routed),
             (Purpose.PREFILL_HIDDEN, self.num_micro_batches, self.kv_tokens * token),
-            (Purpose.WORKSPACE, self.cpu_experts, workspace_bytes(spec, at_once, compute)),
+            (Purpose.WORKSPACE, self.cpu_experts, workspace_bytes(spec, at_once, self.formats.compute)),
         )
         return tuple(Allocation(purpose, Device.CPU, turns, size) for purpose, turns, size in rows)
 
@@ -204,11 +245,8 @@ def page_bytes(largest_streamed_bytes: Number, num_pages: Number) -> Number:
 
 def exchange_bytes_per_request(spec: ModelSpec, formats: Formats, *, ffn_on_cpu: Number) -> Number:
     """Decode buffers of one request: hidden state, QKV, attention and experts' input and output, numbers."""
-    mixers = [kind.mixer for kind in spec.layer_kinds()]
-    sent = max(mixer.sent_bytes(formats) for mixer in mixers)
-    computed = formats.compute.bytes_of(spec.residual_size + max(mixer.returned_elements for mixer in mixers))
-    routed = formats.compute.bytes_of(spec.hidden_size) + routed_token_bytes(spec, formats, 1)
-    return computed + sent + ffn_on_cpu * routed + spec.num_reaches * REQUEST_NUMBER_BYTES
+    of_model = _of_model(spec, formats)
+    return of_model.exchanged + ffn_on_cpu * of_model.with_experts
 
 
 def logits_bytes(spec: ModelSpec, compute: Format, requests: Number) -> Number:
@@ -221,11 +259,6 @@ def logits_bytes(spec: ModelSpec, compute: Format, requests: Number) -> Number:
     if spec.ranks == 1:
         return computed
     return computed + 2 * -(-requests // spec.ranks) * spec.ranks * spec.vocab_size * LOGIT_BYTES
-
-
-def held_bytes_per_request(spec: ModelSpec, formats: Formats) -> int:
-    """What of a request waits on the GPU while attention is computed."""
-    return formats.compute.bytes_of(max(kind.mixer.held_elements for kind in spec.layer_kinds()))
 
 
 def cache_bytes(spec: ModelSpec, formats: Formats, micro_batch_size: Number, kv_tokens: Number) -> Number:
@@ -256,7 +289,6 @@ def layer_cache_bytes(spec: ModelSpec, formats: Formats, requests: Number, token
 
 def prefix_bytes(spec: ModelSpec, formats: Formats, tokens: Number) -> Number:
     """Bytes that a split prompt of so many tokens keeps on the GPU of earlier parts, in any layer; 0 of none."""
-    mixers = [kind.mixer for kind in spec.layer_kinds()]
-    state = max(mixer.state_bytes(formats) for mixer in mixers)
-    of_token = max(mixer.prefix_bytes(formats) for mixer in mixers)
-    return maximum(tokens * of_token, minimum(tokens, 1) * state) if state else tokens * of_token
+    of_model = _of_model(spec, formats)
+    state, in_all = of_model.prefix_state, tokens * of_model.prefix_token
+    return maximum(in_all, minimum(tokens, 1) * state) if state else in_all

@@ -114,13 +114,14 @@ class Layer:
         return self.dense_bytes(plain) + self.num_experts * self.expert_bytes(plain)
 
     def _unit_bytes(self, plain: Format) -> tuple[int, int]:
-        if plain not in self._bytes:
+        found = self._bytes.get(plain)
+        if found is None:
             dense, expert = (
                 [tensor for tensor in self.tensors if (tensor.unit is Unit.EXPERT) == routed]
                 for routed in (False, True)
             )
-            self._bytes[plain] = places(dense, plain)[1], places(expert, plain)[1]
-        return self._bytes[plain]
+            found = self._bytes[plain] = places(dense, plain)[1], places(expert, plain)[1]
+        return found
 
     @cached_property
     def _bytes(self) -> dict[Format, tuple[int, int]]:

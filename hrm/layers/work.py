@@ -5,13 +5,13 @@ multiply-add, and their weights once.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from hrm.formats import Formats
 from hrm.numeric import Number
 
 
-@dataclass(frozen=True, slots=True)
-class Kernel:
+class Kernel(NamedTuple):
     """One piece of computing at a level: FLOPs, bytes touched there, and rows of its GEMM.
 
     `reads_kv` marks decode attention, whose roof is the rate at which its kernel reads the cache.
@@ -66,7 +66,7 @@ class Operator:
     def with_passes(self, passes: float) -> "Operator":
         """The same where attention moves so many bytes for each byte of the cache."""
         kernels = tuple(
-            replace(kernel, num_bytes=passes * kernel.num_bytes) if kernel.reads_kv else kernel
+            kernel._replace(num_bytes=passes * kernel.num_bytes) if kernel.reads_kv else kernel
             for kernel in self.kernels
         )
         return replace(self, kernels=kernels)

@@ -78,6 +78,14 @@ class ModelSpec:
             self.parameters <= LARGEST_MODEL, "parameters", self.parameters, f"must be at most {LARGEST_MODEL:,}"
         )
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.name, self.kinds, self.order, self.vocab_size, self.ranks))
+
+    def __hash__(self) -> int:
+        """Worked out once: models are keys of what is worked out once for each."""
+        return self._hash
+
     def _require(self, holds: bool, name: str, value: object, rule: str) -> None:  # noqa: FBT001
         if not holds:
             raise ModelError(f"{self.name}: {name}", value, rule, "check the config")

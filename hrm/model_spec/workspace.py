@@ -1,6 +1,7 @@
 """Bytes that computing a layer takes for a while, beside its weights and what it reads and writes."""
 
-from typing import overload
+from functools import lru_cache
+from typing import NamedTuple, overload
 
 from hrm.contract.temporaries import DEQUANTISED_BYTES, DEQUANTISED_WEIGHTS, MASK_BLOCK_TOKENS, WORKSPACE_ROUNDING_BYTES
 from hrm.formats import Format
@@ -27,6 +28,25 @@ def workspace_bytes(spec: ModelSpec, num_tokens: Number, compute: Format, *, lon
     line of its mask; `longest_tokens` bounds what such a prompt has so far. Linear attention needs its
     temporaries for one block of tokens only. Of packed matrices some rows are dequantised.
     """
+    of_model = _of_model(spec, compute)
+    mask_line = of_model.element * (longest_tokens + MASK_BLOCK_TOKENS * (longest_tokens > 0))
+    temporaries = maximum(num_tokens * of_model.stage, num_tokens * of_model.output + mask_line, of_model.block)
+    return num_tokens * of_model.kept + temporaries + of_model.dequantised + WORKSPACE_ROUNDING_BYTES
+
+
+class _OfModel(NamedTuple):
+    """Bytes that depend on the model alone: of a token's element, of a token, of a block, and of dequantised rows."""
+
+    element: int
+    kept: int
+    stage: int
+    output: int
+    block: int
+    dequantised: int
+
+
+@lru_cache(maxsize=64)  # searches ask it of the same model thousands of times
+def _of_model(spec: ModelSpec, compute: Format) -> _OfModel:
     size, hidden = compute.bytes_of(1), spec.hidden_size
     mixers = [kind.mixer for kind in spec.layer_kinds()]
     inner = max(block.inner_size for kind in spec.layer_kinds() for block in kind.ffn)
@@ -37,10 +57,11 @@ def workspace_bytes(spec: ModelSpec, num_tokens: Number, compute: Format, *, lon
         max(mixer.temporary_bytes(compute) for mixer in mixers),
         size * (3 * hidden + waiting + 2 * max(inner, spec.least_inner_size)) + routing,
     )
-    kept = max(mixer.kept_elements for mixer in mixers)
-    output = max(mixer.returned_elements for mixer in mixers)
-    mask_line = size * (longest_tokens + MASK_BLOCK_TOKENS * (longest_tokens > 0))
-    block = max(mixer.block_bytes for mixer in mixers)
-    temporaries = maximum(num_tokens * max(stages), num_tokens * size * output + mask_line, block)
-    dequantised = DEQUANTISED_BYTES * min(DEQUANTISED_WEIGHTS, spec.largest_packed)
-    return num_tokens * size * kept + temporaries + dequantised + WORKSPACE_ROUNDING_BYTES
+    return _OfModel(
+        element=size,
+        kept=size * max(mixer.kept_elements for mixer in mixers),
+        stage=max(stages),
+        output=size * max(mixer.returned_elements for mixer in mixers),
+        block=max(mixer.block_bytes for mixer in mixers),
+        dequantised=DEQUANTISED_BYTES * min(DEQUANTISED_WEIGHTS, spec.largest_packed),
+    )

@@ -214,13 +214,9 @@ def _with_residents(rng: Random, case: Case, policy: Policy) -> Policy | None:
     least_on_gpu, least_on_host = planned(0), planned(everything)
     if least_on_gpu.gpu.lacking_bytes or least_on_host.cpu.lacking_bytes:
         return None
-    total = next((total for k in range(16, -1, -1) if fits(total := everything * k // 16)), None)
-    if total is None:
-        return None
-    step = everything // 16 + 1
-    while step:
-        if total + step <= everything and fits(total + step):
-            total += step
-        else:
-            step //= 2
-    return having(total)
+    # The more are resident the more of the GPU is full, and the less of the host.
+    low, high = (everything, everything) if least_on_host.fits else (0, everything)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if planned(middle).gpu.lacking_bytes else (middle, high)
+    return having(low) if fits(low) else None

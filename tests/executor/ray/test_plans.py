@@ -109,7 +109,6 @@ def test_an_engine_measures_its_machine_once_and_solves_for_it(model, tmp_path, 
     given = saved(model, tmp_path / "given.json", workload=few)
     (plan,) = read_plans([given])
     with small_sizes() as patch:
-        patch.setattr("hrm.profiling.machine.PASSES", 1)
         engine = Engine(model, given, accelerator=CPU, own_plan=True)
         patch.setattr(own_plan, "profile_machine", lambda *_, **__: pytest.fail("measured again"))
         half = own_plan.own_plan(plan, CPU, engines=2).file.profile

@@ -22,11 +22,11 @@ CACHES = (
 
 
 @contextmanager
-def small_sizes() -> Iterator[pytest.MonkeyPatch]:
-    """Arrays that take no time; what is measured with them is never looked at."""
+def small_sizes(*, passes: int = 1) -> Iterator[pytest.MonkeyPatch]:
+    """Arrays that take no time, in few passes; what is measured with them is never looked at."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
-            "machine.PASSES": 3,
+            "machine.PASSES": passes,
             "machine.options.MOST_QUICK_S": 0.03,
             "memory.QUICK_BYTES": 8 * MIB,
             "machine.host.QUICK_SOURCE_BYTES": 2 * MIB,
@@ -38,9 +38,9 @@ def small_sizes() -> Iterator[pytest.MonkeyPatch]:
             "caches.BYTES_A_CALL": 64 * KIB,
             "topology.caches": lambda _: CACHES,
             "disk.QUICK_BYTES": 16 * MIB,
-            "timing.MIN_SAMPLE_S": 1e-4,
+            "timing.MIN_SAMPLE_S": 1e-6,
             "settle.SIDE": 64,
-            "settle.BATCH_S": 1e-4,
+            "settle.BATCH_S": 1e-5,
         }.items():
             patch.setattr(f"hrm.profiling.{name}", value)
         # A process that begins with torch takes longer than all the rest; test_processes starts the real one.

@@ -43,7 +43,7 @@ def told() -> list[tuple[float, float, str]]:
 
 @pytest.fixture(scope="module")
 def emulated(told, tmp_path_factory) -> HardwareProfile:
-    with small_sizes():
+    with small_sizes(passes=3):
         return profile_machine(
             ProfileOptions(
                 "emulated",
@@ -189,7 +189,7 @@ def test_a_disk_that_cannot_be_measured_is_named_and_the_rest_is_kept(tmp_path):
 
 
 def measure(partial, *, resume=False, stop=None, dtypes=("float32", "bfloat16"), **changes):
-    """A profile of the CPU whose second GEMM is interrupted if `stop`."""
+    """A profile of the CPU in three passes, whose second GEMM is interrupted if `stop`."""
     steps, ran = iter(range(100)), []
     real = gemm_rate
 
@@ -201,6 +201,7 @@ def measure(partial, *, resume=False, stop=None, dtypes=("float32", "bfloat16"),
     options = {"quick": True, "model": TINY, "dtypes": dtypes, "budget_s": 0.1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hrm.profiling.gemm.gemm_rate", gemm)
+        patch.setattr("hrm.profiling.machine.PASSES", 3)
         profile = profile_machine(
             ProfileOptions("cpu", **(options | changes), partial=partial, resume=resume),
             progress=lambda _done, _total, text: ran.append(text),
