@@ -27,6 +27,7 @@ _FEW_ROUNDS: Final = 2  # where all layers have as many residents: then the clos
 _NUMBERS: Final = (0.5, 0.75, 1.25, 1.5, 2.0)
 _SIZES: Final = (0.9, 0.95, 0.98, 1.02, 1.05, 1.1)
 _CHUNKS: Final = (0.12, 0.18, 0.25, 0.35, 0.5, 0.6, 0.7, 0.85, 1.2, 1.5, 2.0)
+_OF_WHOLE_LAYERS: Final = 0.05  # by which they may be better than the closed form, which knows means, has them
 _KV_SHARE: Final = 0.05  # of the KV cache that is moved to the GPU, or away from it
 
 
@@ -60,11 +61,11 @@ def polished(space: Space, simulated: tuple[Estimate, ...], greatest_tokens_per_
 
 
 def _in_layers(space: Space, found: Sequence[Estimate]) -> list[Policy]:
-    """Simulated policies with whole layers resident, best first, if that is better in closed form than the best is.
+    """Simulated policies with whole layers resident, best first, if that may be better than the best is.
 
     Where the CPU computes the others, few in all layers may be worse than none, and whole layers better.
     """
-    enough = found[0].tokens_per_s * (1 + TIE)
+    enough = found[0].tokens_per_s * (1 - _OF_WHOLE_LAYERS)
     policies = [one.policy for one in found]
     policies += [_with_all_that_fit(space, policy) for policy in policies if policy.ffn is Device.CPU]
     rates = {policy: score_of(space, policy) for policy in (_in_whole_layers(space, policy) for policy in policies)}
