@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t TILE_BYTES = 16 << 10;     // of the cache: more come slower from the memory
 constexpr int64_t MANY_SHARE = 8;            // queries on a key: then products take the time, and
-constexpr int64_t SHARED_TILE_TOKENS = 32;   // it is dear to load and store all sums for each tile
+constexpr int64_t SHARED_TILE_TOKENS = 64;   // it is dear to load and store all sums for each tile
 constexpr int64_t SHARED_TILE_BYTES = 128 << 10;
 constexpr int64_t MAX_TILE_TOKENS = 128;
 constexpr int64_t HEADS_TOGETHER = 8;        // whose splits are merged by one thread
