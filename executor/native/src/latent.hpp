@@ -84,7 +84,7 @@ void absorb(const Latent& shape, int64_t head, const void* following, float* scr
     const int64_t width = shape.rank + shape.rope;
     for (int64_t r = 0; r < shape.requests; ++r) {
         T* const row = static_cast<T*>(shape.absorbed) + (r * shape.heads + head) * width;
-        put_means(summed + r * sums.padded_dim, 1.0f, shape.rank, row);
+        put_means(summed + r * sums.padded_dim, 1.0f, 1.0f, shape.rank, row);
         std::memcpy(row + shape.rank, ropes + r * shape.rope_stride, shape.rope * sizeof(T));
     }
 }

@@ -40,7 +40,7 @@ struct Requests {
         const int64_t length = lengths[request];
         int64_t splits = std::clamp<int64_t>((length * token_bytes + split_bytes / 2) / split_bytes, 1, MAX_SPLITS);
         if (splits > 2) splits = (splits + 2) / 4 * 4;  // as many for each of two or four threads
-        return rounded_up((length + splits - 1) / splits, shape.tile_tokens);
+        return rounded_up((length + splits - 1) / splits, TILE_UNIT);  // not tiles: threads would wait for each other
     }
 
     int64_t total_bytes() const {

@@ -46,7 +46,7 @@ template <typename T>
 struct Columns {
     static constexpr int WIDTH = Pack<T>::WIDTH, VECTORS = Pack<T>::VECTORS, TOKENS = 1;
 
-    // 2^x for x <= 0; not a number where x is none, or infinite.
+    // 2^x for x <= 0; not a number where x is none or infinite: then the result must not be one either.
     static Floats power(Floats x) { return multiply_add(x, zeros(), power_of_two(x)); }
 
     // Put a vector of heads' weights of TOKENS tokens where `add` finds them, and add them to sums.
@@ -95,7 +95,8 @@ struct Columns<Bf16> {
         value = multiply_add(value, broken, splat(6.9326102e-1f));
         value = multiply_add(value, broken, splat(9.9992808e-1f));
         const __m512i exponent = _mm512_max_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(-126));
-        return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(value), _mm512_slli_epi32(exponent, 23)));
+        const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(value), _mm512_slli_epi32(exponent, 23));
+        return multiply_add(x, zeros(), _mm512_castsi512_ps(bits));
     }
 
     static Floats put(float* scores, const Floats (&weights)[TOKENS], Floats sums) {
@@ -250,8 +251,8 @@ inline void merge_states(
     }
 }
 
-// Of LANES heads or fewer the sums of weights, their sinks' among them, are put where one divides by them.
-inline void put_inverses(const Heads& shape, const State& state, int64_t first, int64_t count, float* inverses) {
+// The sums of weights of LANES heads or fewer, their sinks' among them.
+inline Floats total_weights(const Heads& shape, const State& state, int64_t first, int64_t count) {
     Padded<float, LANES> padded;
     Floats total = widen(padded.from(state.sums + first, count));
     if (shape.sinks != nullptr) {
@@ -260,27 +261,30 @@ inline void put_inverses(const Heads& shape, const State& state, int64_t first, 
         const Floats logit = subtract(multiply(sink, log2_e), greatest);
         total = add(total, multiply_add(sink, zeros(), power_of_two(logit)));  // if it is a number
     }
-    store(inverses, divide(splat(1.0f), total));
+    return total;
 }
 
-// Sums of values, as `add_columns` leaves them, times a factor.
+// Sums of values, as `add_columns` leaves them, over a total whose inverse is known: as exact as divided,
+// and sooner.
 template <typename T>
-void put_means(const float* values, float factor, int64_t count, T* out) {
+void put_means(const float* values, float total, float inverse, int64_t count, T* out) {
     using C = Columns<T>;
     for (int64_t i = 0; i < count; i += C::WIDTH) {
         Floats vectors[C::VECTORS];
         for (int v = 0; v < C::VECTORS; ++v) {
-            vectors[v] = multiply(widen(values + i + v * LANES), splat(factor));
+            const Floats sums = widen(values + i + v * LANES), about = multiply(sums, splat(inverse));
+            const Floats rest = multiply_add(about, splat(-total), sums);
+            vectors[v] = multiply_add(rest, splat(inverse), about);
         }
         C::put_in_order(vectors);
-        const int64_t rest = count - i;
-        T means[C::WIDTH], *const to = rest < C::WIDTH ? means : out + i;
+        const int64_t left = count - i;
+        T means[C::WIDTH], *const to = left < C::WIDTH ? means : out + i;
         if constexpr (C::VECTORS == 2) {
             store_both(to, vectors[0], vectors[1]);
         } else {
             store_as(to, vectors[0]);
         }
-        if (rest < C::WIDTH) std::memcpy(out + i, means, rest * sizeof(T));
+        if (left < C::WIDTH) std::memcpy(out + i, means, left * sizeof(T));
     }
 }
 
@@ -291,10 +295,13 @@ void finish(
     T* out = static_cast<T*>(out_row) + first * shape.head_dim;
     for (int64_t head = first; head < last; head += LANES) {
         const int64_t rest = last - head, count = rest < LANES ? rest : LANES;
-        float inverses[LANES];
-        put_inverses(shape, state, head, count, inverses);
+        const Floats total = total_weights(shape, state, head, count);
+        float totals[LANES], inverses[LANES];
+        store(totals, total);
+        store(inverses, divide(splat(1.0f), total));
         for (int64_t h = 0; h < count; ++h, out += shape.head_dim) {
-            put_means(state.values + (head + h) * shape.padded_dim, inverses[h], shape.head_dim, out);
+            const float* const values = state.values + (head + h) * shape.padded_dim;
+            put_means(values, totals[h], inverses[h], shape.head_dim, out);
         }
     }
 }
