@@ -86,17 +86,14 @@ template <>
 struct Columns<Bf16> {
     static constexpr int WIDTH = 2 * LANES, VECTORS = 2, TOKENS = 2;
 
-    // To 2^-13: half of a bfloat16's last place is 2^-9. Below 2^-126 it stays there.
+    // To 2^-13: half of a bfloat16's last place is 2^-9.
     static Floats power(Floats x) {
-        const Floats whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        const Floats broken = subtract(x, whole);
-        Floats value = splat(5.5171496e-2f);
-        value = multiply_add(value, broken, splat(2.4261112e-1f));
-        value = multiply_add(value, broken, splat(6.9326102e-1f));
-        value = multiply_add(value, broken, splat(9.9992808e-1f));
-        const __m512i exponent = _mm512_max_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(-126));
-        const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(value), _mm512_slli_epi32(exponent, 23));
-        return multiply_add(x, zeros(), _mm512_castsi512_ps(bits));
+        const Floats broken = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        Floats value = splat(7.8024460e-2f);
+        value = multiply_add(value, broken, splat(2.2606725e-1f));
+        value = multiply_add(value, broken, splat(6.9583351e-1f));
+        value = multiply_add(value, broken, splat(9.9992522e-1f));
+        return multiply_add(x, zeros(), _mm512_scalef_ps(value, x));
     }
 
     static Floats put(float* scores, const Floats (&weights)[TOKENS], Floats sums) {
@@ -236,17 +233,30 @@ inline void merge_states(
     const Heads& shape, int64_t first, int64_t last, float* earlier, const float* later) {
     const State into(shape, earlier), from(shape, const_cast<float*>(later));
     const int64_t padded = shape.padded_dim;
-    for (int64_t h = first; h < last; ++h) {
-        const float a = into.greatest[h], b = from.greatest[h], most = a > b ? a : b;
-        float factors[2 * LANES];
-        const Floats keep = power_of_two(splat(a - most)), take = power_of_two(splat(b - most));
-        store(factors, keep);
-        store(factors + LANES, take);
-        into.greatest[h] = most;
-        into.sums[h] = into.sums[h] * factors[0] + from.sums[h] * factors[LANES];
-        for (int64_t i = h * padded; i < (h + 1) * padded; i += LANES) {
-            const Floats kept = multiply(widen(into.values + i), keep);
-            store(into.values + i, multiply_add(widen(from.values + i), take, kept));
+    for (int64_t head = first; head < last; head += LANES) {
+        const int64_t rest = last - head, count = rest < LANES ? rest : LANES;
+        const auto some = [&](const float* of) {
+            Padded<float, LANES> whole;
+            return widen(whole.from(of + head, count));
+        };
+        const auto put = [&](Floats values, float* to) {
+            float stored[LANES];
+            store(stored, values);
+            std::memcpy(to + head, stored, count * sizeof(float));
+        };
+        const Floats a = some(into.greatest), b = some(from.greatest), most = greater(a, b);
+        const Floats keep = power_of_two(subtract(a, most)), take = power_of_two(subtract(b, most));
+        put(most, into.greatest);
+        put(multiply_add(some(into.sums), keep, multiply(some(from.sums), take)), into.sums);
+        float kept[LANES], taken[LANES];
+        store(kept, keep);
+        store(taken, take);
+        for (int64_t h = 0; h < count; ++h) {
+            const Floats factor = splat(kept[h]), other = splat(taken[h]);
+            for (int64_t i = (head + h) * padded; i < (head + h + 1) * padded; i += LANES) {
+                const Floats values = multiply(widen(into.values + i), factor);
+                store(into.values + i, multiply_add(widen(from.values + i), other, values));
+            }
         }
     }
 }
