@@ -51,16 +51,15 @@ void add_scores(
         if constexpr (D::PASSES == 2) pass.template operator()<1>(i, key_of);
     };
     int64_t i = 0;
-    const int64_t fetched = tokens * D::STEP * static_cast<int64_t>(sizeof(T)) * NUM / tile.parts;
     for (; i + D::STEP <= dim; i += D::STEP) {
         step(i, [&](int t) { return rows[t] + i; });
-        tile.fetcher.fetch(fetched);
     }
     if (i < dim) {
         Padded<T, D::STEP> parts[KEY_TOKENS];
         for (int t = 0; t < KEY_TOKENS; ++t) parts[t].from(rows[t] + i, dim - i);
         step(i, [&](int t) { return parts[t].elements; });
     }
+    tile.fetcher.fetch(tokens * dim * static_cast<int64_t>(sizeof(T)) * NUM / tile.parts);
     float finished[SUMS];
     finish_sums(sums, finished);
     float* scores = tile.scores + first * padded_heads(shape) + head;

@@ -97,9 +97,10 @@ struct Columns<Bf16> {
     }
 
     static Floats put(float* scores, const Floats (&weights)[TOKENS], Floats sums) {
-        const __m512i first = _mm512_set1_epi32(16 << 16), step = _mm512_set1_epi32(0x00010001);
+        // Lane by lane the weight of one token, and above it that of the other.
         const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const __m512i in_pairs = _mm512_add_epi32(first, _mm512_mullo_epi32(lanes, step));
+        const __m512i others = _mm512_add_epi32(lanes, _mm512_set1_epi32(LANES));
+        const __m512i in_pairs = _mm512_or_si512(lanes, _mm512_slli_epi32(others, 16));
         const __m512i apart = (__m512i)_mm512_cvtne2ps_pbh(weights[1], weights[0]);
         const __m512i pairs = _mm512_permutexvar_epi16(in_pairs, apart);
         _mm512_storeu_si512(scores, pairs);
