@@ -14,6 +14,8 @@ using native::GatedDelta;
 
 constexpr int STATE_VECTORS = LANES == 16 ? 8 : 4;  // of the state's columns: both sums are in registers
 
+using StateFetcher = FetcherOf<128>;
+
 // What one key head and its value heads take of a token's queries, keys and values, in this order.
 struct Channels {
     int64_t first[3], count[3];
@@ -95,7 +97,7 @@ inline void scale_by(float* values, int64_t count, float scale) {
 template <int VECTORS>
 void step_columns(
     const Step& step, float* state, int64_t rows, int64_t row, const float* key,
-    const float* query, const float* value, float* out, Fetcher& fetcher) {
+    const float* query, const float* value, float* out, StateFetcher& fetcher) {
     constexpr int64_t FETCHED = VECTORS * LANES * sizeof(float) / 2;  // for each row, in both loops
     Floats held[VECTORS], read[VECTORS], difference[VECTORS];
     UNROLL
@@ -146,7 +148,7 @@ inline void step_column(
 
 inline void step_head(
     const Step& step, float* state, const GatedDelta& shape, const float* query, const float* key,
-    const float* value, float* out, Fetcher& fetcher) {
+    const float* value, float* out, StateFetcher& fetcher) {
     const int64_t rows = shape.key_dim, row = shape.value_dim;
     int64_t c = 0;
     for (; c + STATE_VECTORS * LANES <= row; c += STATE_VECTORS * LANES) {
@@ -211,9 +213,10 @@ void delta_step(
         float* const states = state_of(r);
         for (int64_t v = 0; v < group; ++v) {
             float* const state = states + v * state_size;
-            Fetcher fetcher(v + 1 < group  ? state + state_size
-                            : r + 1 < last ? state_of(r + 1)
-                                           : following);
+            StateFetcher fetcher(
+                v + 1 < group  ? state + state_size
+                : r + 1 < last ? state_of(r + 1)
+                               : following);
             const Step step = step_of<T>(shape, r, head * group + v, match);
             step_head(step, state, shape, query, key, value + v * shape.value_dim, out, fetcher);
             T* const to = static_cast<T*>(shape.out) + r * shape.out_stride +

@@ -80,12 +80,12 @@ static inline int64_t absorbing_floats(const Latent& shape) {
     return (1 + rounded_up(shape.nope, 2)) * padded + shape.requests * padded_rank(shape);
 }
 
-// Floats of scratch to attend: every head's factor and scores, some rows of the cache, widened, and a
-// tile's elements.
+// Floats of scratch to attend: every head's query, factor and scores, some rows of the cache, widened, and
+// a tile's elements.
 static inline int64_t latent_floats(const Heads& shape) {
     constexpr int64_t ROWS = 8;
     return padded_heads(shape) * (1 + shape.tile_tokens) +
-           ROWS * rounded_up(shape.token_elements, ACCUMULATOR_UNIT) + tile_floats(shape);
+           (shape.heads + ROWS) * rounded_up(shape.token_elements, ACCUMULATOR_UNIT) + tile_floats(shape);
 }
 
 // One new token of each of `requests`, whose states are rows of theirs. Queries and keys of all key

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t TILE_BYTES = 16 << 10;     // of the cache: more come slower from the memory
 constexpr int64_t MANY_SHARE = 8;            // queries on a key: then products take the time, and
-constexpr int64_t SHARED_TILE_TOKENS = 32;   // it is dear to load and store all sums for each tile
+constexpr int64_t SHARED_TILE_TOKENS = 64;   // it is dear to load and store all sums for each tile
 constexpr int64_t SHARED_TILE_BYTES = 128 << 10;
 constexpr int64_t MAX_TILE_TOKENS = 128;
 constexpr int64_t HEADS_TOGETHER = 8;        // whose splits are merged by one thread
@@ -40,7 +40,7 @@ struct Requests {
         const int64_t length = lengths[request];
         int64_t splits = std::clamp<int64_t>((length * token_bytes + split_bytes / 2) / split_bytes, 1, MAX_SPLITS);
         if (splits > 2) splits = (splits + 2) / 4 * 4;  // as many for each of two or four threads
-        return rounded_up((length + splits - 1) / splits, shape.tile_tokens);
+        return rounded_up((length + splits - 1) / splits, TILE_UNIT);  // not tiles: threads would wait for each other
     }
 
     int64_t total_bytes() const {

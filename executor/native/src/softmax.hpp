@@ -2,6 +2,7 @@
 // values, and what becomes of both in the end. Sums are float32.
 #pragma once
 
+#include "cached.hpp"
 #include "fetcher.hpp"
 #include "kernels.hpp"
 #include "simd.hpp"
@@ -37,7 +38,7 @@ struct TokenTile {
     float* scores;
     float* factors;  // by which what each head summed before is multiplied
     Fetcher& fetcher;
-    int64_t parts;   // of the heads that share keys and values: each reads them again
+    int64_t parts;   // heads that share keys and values: with each as much of what comes next is fetched
 };
 
 // How values are added up: WIDTH columns at a time, VECTORS sums of them a head, TOKENS at once.
@@ -45,10 +46,13 @@ template <typename T>
 struct Columns {
     static constexpr int WIDTH = Pack<T>::WIDTH, VECTORS = Pack<T>::VECTORS, TOKENS = 1;
 
-    // Put a vector of heads' weights of TOKENS tokens where `add` finds them; returns their sums.
-    static Floats put(float* scores, const Floats (&weights)[TOKENS]) {
+    // 2^x for x <= 0; not a number where x is none or infinite: then the result must not be one either.
+    static Floats power(Floats x) { return multiply_add(x, zeros(), power_of_two(x)); }
+
+    // Put a vector of heads' weights of TOKENS tokens where `add` finds them, and add them to sums.
+    static Floats put(float* scores, const Floats (&weights)[TOKENS], Floats sums) {
         store(scores, weights[0]);
-        return weights[0];
+        return ::add(sums, weights[0]);
     }
 
     // Add `weight * value` of the tokens at `row` and `next`, for NUM heads and COUNT * WIDTH columns.
@@ -82,12 +86,25 @@ template <>
 struct Columns<Bf16> {
     static constexpr int WIDTH = 2 * LANES, VECTORS = 2, TOKENS = 2;
 
-    static Floats put(float* scores, const Floats (&weights)[TOKENS]) {
-        const __m512i first = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(weights[0]));
-        const __m512i second = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(weights[1]));
-        const __m512i high = _mm512_slli_epi32(second, 16);
-        _mm512_storeu_si512(scores, _mm512_or_si512(first, high));
-        return _mm512_castsi512_ps(_mm512_slli_epi32(first, 16)) + _mm512_castsi512_ps(high);
+    // To 2^-13: half of a bfloat16's last place is 2^-9.
+    static Floats power(Floats x) {
+        const Floats broken = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        Floats value = splat(7.8024460e-2f);
+        value = multiply_add(value, broken, splat(2.2606725e-1f));
+        value = multiply_add(value, broken, splat(6.9583351e-1f));
+        value = multiply_add(value, broken, splat(9.9992522e-1f));
+        return multiply_add(x, zeros(), _mm512_scalef_ps(value, x));
+    }
+
+    static Floats put(float* scores, const Floats (&weights)[TOKENS], Floats sums) {
+        // Lane by lane the weight of one token, and above it that of the other.
+        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i others = _mm512_add_epi32(lanes, _mm512_set1_epi32(LANES));
+        const __m512i in_pairs = _mm512_or_si512(lanes, _mm512_slli_epi32(others, 16));
+        const __m512i apart = (__m512i)_mm512_cvtne2ps_pbh(weights[1], weights[0]);
+        const __m512i pairs = _mm512_permutexvar_epi16(in_pairs, apart);
+        _mm512_storeu_si512(scores, pairs);
+        return _mm512_dpbf16_ps(sums, (__m512bh)pairs, (__m512bh)_mm512_set1_epi16(0x3f80));  // times 1
     }
 
     template <int NUM, int COUNT, typename Load>
@@ -145,26 +162,25 @@ void weigh(const Heads& shape, const TokenTile& tile, const State& state) {
     if (shape.capped_scale != 0.0f) cap(shape, tile);
     for (int64_t h = 0; h < heads; h += LANES) {
         float* scores = tile.scores + h;
-        // Zero, unless a logit is infinite or not a number: then the result must not be one either.
-        Floats most = widen(scores), doubt = multiply(most, zeros());
-        for (int64_t t = 1; t < tile.tokens; ++t) {
-            const Floats logits = widen(scores + t * heads);
-            most = greater(most, logits);
-            doubt = multiply_add(logits, zeros(), doubt);
+        Floats even = widen(scores), odd = even;  // a maximum takes longer than a load
+        for (int64_t t = 1; t < tile.tokens; t += 2) {
+            even = greater(even, widen(scores + (t - 1) * heads));
+            odd = greater(odd, widen(scores + t * heads));
         }
+        even = greater(even, widen(scores + (tile.tokens - 1) * heads));
         const Floats before = widen(state.greatest + h);
-        const Floats greatest = greater(multiply(most, scale), before);
+        const Floats greatest = greater(multiply(greater(even, odd), scale), before);
         const Floats factors = power_of_two(subtract(before, greatest));
-        Floats sums = multiply_add(widen(state.sums + h), factors, doubt);
+        Floats sums = multiply(widen(state.sums + h), factors);
         for (int64_t t = 0; t < tile.tokens; t += TOKENS, scores += TOKENS * heads) {
             Floats weights[TOKENS];
             UNROLL
             for (int next = 0; next < TOKENS; ++next) {
                 const Floats logits = multiply(widen(scores + next * heads), scale);
-                weights[next] = t + next < tile.tokens ? power_of_two(subtract(logits, greatest))
+                weights[next] = t + next < tile.tokens ? Columns<T>::power(subtract(logits, greatest))
                                                        : zeros();
             }
-            sums = add(sums, Columns<T>::put(scores, weights));
+            sums = Columns<T>::put(scores, weights, sums);
         }
         store(state.greatest + h, greatest);
         store(state.sums + h, sums);
@@ -190,17 +206,20 @@ void add_columns(
             sums[h][v] = multiply(widen(summed + h * shape.padded_dim + v * LANES), factor);
         }
     }
-    const int64_t stride = shape.token_elements;
+    const int64_t stride = shape.token_elements, apart = C::TOKENS * padded_heads(shape);
     const T* row = values + column;
     const T* const last = row + (tile.tokens - 1) * stride;
     const float* weights = tile.scores + head;
+    constexpr int64_t ROW_BYTES = COUNT * C::WIDTH * sizeof(T);
+    const int64_t fetched = C::TOKENS * ROW_BYTES * NUM / tile.parts;
+    Fetcher fetcher = tile.fetcher;
     for (; row + (C::TOKENS - 1) * stride <= last; row += C::TOKENS * stride) {
         C::template add<NUM, COUNT>(sums, row, row + stride, weights, load);
-        weights += C::TOKENS * padded_heads(shape);
+        weights += apart;
+        fetcher.fetch(fetched);
     }
     if (row <= last) C::template add<NUM, COUNT>(sums, row, row, weights, load);  // once it weighs 0
-    constexpr int64_t ROW_BYTES = COUNT * C::WIDTH * sizeof(T);
-    tile.fetcher.fetch(tile.tokens * ROW_BYTES / tile.parts);
+    tile.fetcher = fetcher;
     UNROLL
     for (int h = 0; h < NUM; ++h) {
         UNROLL
@@ -215,44 +234,68 @@ inline void merge_states(
     const Heads& shape, int64_t first, int64_t last, float* earlier, const float* later) {
     const State into(shape, earlier), from(shape, const_cast<float*>(later));
     const int64_t padded = shape.padded_dim;
-    for (int64_t h = first; h < last; ++h) {
-        const float a = into.greatest[h], b = from.greatest[h], most = a > b ? a : b;
-        float factors[2 * LANES];
-        const Floats keep = power_of_two(splat(a - most)), take = power_of_two(splat(b - most));
-        store(factors, keep);
-        store(factors + LANES, take);
-        into.greatest[h] = most;
-        into.sums[h] = into.sums[h] * factors[0] + from.sums[h] * factors[LANES];
-        for (int64_t i = h * padded; i < (h + 1) * padded; i += LANES) {
-            const Floats kept = multiply(widen(into.values + i), keep);
-            store(into.values + i, multiply_add(widen(from.values + i), take, kept));
+    for (int64_t head = first; head < last; head += LANES) {
+        const int64_t rest = last - head, count = rest < LANES ? rest : LANES;
+        const auto some = [&](const float* of) {
+            Padded<float, LANES> whole;
+            return widen(whole.from(of + head, count));
+        };
+        const auto put = [&](Floats values, float* to) {
+            float stored[LANES];
+            store(stored, values);
+            std::memcpy(to + head, stored, count * sizeof(float));
+        };
+        const Floats a = some(into.greatest), b = some(from.greatest), most = greater(a, b);
+        const Floats keep = power_of_two(subtract(a, most)), take = power_of_two(subtract(b, most));
+        put(most, into.greatest);
+        put(multiply_add(some(into.sums), keep, multiply(some(from.sums), take)), into.sums);
+        float kept[LANES], taken[LANES];
+        store(kept, keep);
+        store(taken, take);
+        for (int64_t h = 0; h < count; ++h) {
+            const Floats factor = splat(kept[h]), other = splat(taken[h]);
+            for (int64_t i = (head + h) * padded; i < (head + h + 1) * padded; i += LANES) {
+                const Floats values = multiply(widen(into.values + i), factor);
+                store(into.values + i, multiply_add(widen(from.values + i), other, values));
+            }
         }
     }
 }
 
-// A head's sum of weights, its sink's among them.
-inline Floats total_weight(const Heads& shape, const State& state, int64_t head) {
-    const Floats total = splat(state.sums[head]);
-    if (shape.sinks == nullptr) return total;
-    const Floats sink = splat(shape.sinks[head]), log2_e = splat(1.44269504f);
-    const Floats logit = subtract(multiply(sink, log2_e), splat(state.greatest[head]));
-    return add(total, multiply_add(sink, zeros(), power_of_two(logit)));  // if it is a number
+// The sums of weights of LANES heads or fewer, their sinks' among them.
+inline Floats total_weights(const Heads& shape, const State& state, int64_t first, int64_t count) {
+    Padded<float, LANES> padded;
+    Floats total = widen(padded.from(state.sums + first, count));
+    if (shape.sinks != nullptr) {
+        const Floats greatest = widen(padded.from(state.greatest + first, count)), log2_e = splat(1.44269504f);
+        const Floats sink = widen(padded.from(shape.sinks + first, count));
+        const Floats logit = subtract(multiply(sink, log2_e), greatest);
+        total = add(total, multiply_add(sink, zeros(), power_of_two(logit)));  // if it is a number
+    }
+    return total;
 }
 
-// Sums of values, as `add_columns` leaves them, over a total.
+// Sums of values, as `add_columns` leaves them, over a total whose inverse is known: as exact as divided,
+// and sooner.
 template <typename T>
-void put_means(const float* values, Floats total, int64_t count, T* out) {
+void put_means(const float* values, float total, float inverse, int64_t count, T* out) {
     using C = Columns<T>;
     for (int64_t i = 0; i < count; i += C::WIDTH) {
         Floats vectors[C::VECTORS];
         for (int v = 0; v < C::VECTORS; ++v) {
-            vectors[v] = divide(widen(values + i + v * LANES), total);
+            const Floats sums = widen(values + i + v * LANES), about = multiply(sums, splat(inverse));
+            const Floats rest = multiply_add(about, splat(-total), sums);
+            vectors[v] = multiply_add(rest, splat(inverse), about);
         }
         C::put_in_order(vectors);
-        float means[C::WIDTH];
-        for (int v = 0; v < C::VECTORS; ++v) store(means + v * LANES, vectors[v]);
-        const int64_t rest = count - i, together = rest < C::WIDTH ? rest : C::WIDTH;
-        for (int64_t c = 0; c < together; ++c) narrow(means[c], out + i + c);
+        const int64_t left = count - i;
+        T means[C::WIDTH], *const to = left < C::WIDTH ? means : out + i;
+        if constexpr (C::VECTORS == 2) {
+            store_both(to, vectors[0], vectors[1]);
+        } else {
+            store_as(to, vectors[0]);
+        }
+        if (left < C::WIDTH) std::memcpy(out + i, means, left * sizeof(T));
     }
 }
 
@@ -261,9 +304,16 @@ void finish(
     const Heads& shape, int64_t first, int64_t last, const float* state_memory, void* out_row) {
     const State state(shape, const_cast<float*>(state_memory));
     T* out = static_cast<T*>(out_row) + first * shape.head_dim;
-    for (int64_t h = first; h < last; ++h, out += shape.head_dim) {
-        const float* values = state.values + h * shape.padded_dim;
-        put_means(values, total_weight(shape, state, h), shape.head_dim, out);
+    for (int64_t head = first; head < last; head += LANES) {
+        const int64_t rest = last - head, count = rest < LANES ? rest : LANES;
+        const Floats total = total_weights(shape, state, head, count);
+        float totals[LANES], inverses[LANES];
+        store(totals, total);
+        store(inverses, divide(splat(1.0f), total));
+        for (int64_t h = 0; h < count; ++h, out += shape.head_dim) {
+            const float* const values = state.values + (head + h) * shape.padded_dim;
+            put_means(values, totals[h], inverses[h], shape.head_dim, out);
+        }
     }
 }
 
