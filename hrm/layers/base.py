@@ -6,7 +6,7 @@ is asked of a model is a sum, or the largest, over the blocks of its layers.
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from functools import cached_property
 from math import prod
@@ -22,6 +22,26 @@ LARGEST_SIZE: Final = 10**8
 LARGEST_MODEL: Final = 10**15
 # Names and sizes of the small vectors beside a block's matrices: biases, norms, sinks.
 Vectors = tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class HashedOnce:
+    """A frozen dataclass that is a key of many tables: its hash is worked out once, in each process that it comes to.
+
+    A class says `__hash__ = HashedOnce.__hash__`, or dataclasses make another.
+    """
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, item.name) for item in fields(self) if item.compare))
+
+    def __hash__(self) -> int:
+        """That of the fields that are compared."""
+        return self._hash
+
+    def __getstate__(self) -> dict[str, object]:
+        """The fields alone: a hash of names, and what was worked out by it, holds in one process."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
 class Unit(StrEnum):

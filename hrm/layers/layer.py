@@ -9,7 +9,7 @@ from typing import Any, final
 from hrm.contract.dequantising import bytes_moved, launches
 from hrm.errors import ModelError
 from hrm.formats import Format, Formats, PackedFormat, packed_format
-from hrm.layers.base import Block, FeedForward, Mixer, TensorSpec, Unit, places
+from hrm.layers.base import Block, FeedForward, HashedOnce, Mixer, TensorSpec, Unit, places
 from hrm.layers.feed_forward import ExpertDivision, RoutedExperts
 from hrm.layers.work import Operator
 from hrm.numeric import Number
@@ -17,7 +17,7 @@ from hrm.numeric import Number
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Layer:
+class Layer(HashedOnce):
     """What tells one layer's cost from another's: layers are of one kind if they are equal.
 
     `packed` are the names of tensors that are packed, each with its format.
@@ -41,13 +41,7 @@ class Layer:
                 rule = "must be a format of packed weights in which a matrix's rows, and what it joins, are whole"
                 raise ModelError(f"packed: {name}", form, rule, "check the config")
 
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.mixer, self.ffn, self.packed))
-
-    def __hash__(self) -> int:
-        """Worked out once: layers are keys of every table of costs."""
-        return self._hash
+    __hash__ = HashedOnce.__hash__
 
     @property
     def blocks(self) -> tuple[Block, ...]:

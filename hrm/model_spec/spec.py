@@ -10,7 +10,7 @@ from hrm.contract.temporaries import DEQUANTISED_IN_ORDER
 from hrm.errors import ModelError
 from hrm.formats import Format, Formats
 from hrm.layers import LARGEST_MODEL, GroupedQueryAttention, Layer, RoutedExperts, TensorSpec, Unit, check_size
-from hrm.layers.base import Vectors, check_vectors, share
+from hrm.layers.base import HashedOnce, Vectors, check_vectors, share
 from hrm.layers.feed_forward import ExpertDivision
 from hrm.numeric import Number
 
@@ -19,7 +19,7 @@ HEAD_BIAS: Final = "lm_head_bias"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSpec:
+class ModelSpec(HashedOnce):
     """A decoder: its layers in order, between a token embedding and an LM head with a final norm.
 
     Layers are of several `kinds`, in the order in which they first come, and `order` says which one
@@ -78,13 +78,7 @@ class ModelSpec:
             self.parameters <= LARGEST_MODEL, "parameters", self.parameters, f"must be at most {LARGEST_MODEL:,}"
         )
 
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.name, self.kinds, self.order, self.vocab_size, self.ranks))
-
-    def __hash__(self) -> int:
-        """Worked out once: models are keys of what is worked out once for each."""
-        return self._hash
+    __hash__ = HashedOnce.__hash__
 
     def _require(self, holds: bool, name: str, value: object, rule: str) -> None:  # noqa: FBT001
         if not holds:

@@ -1,5 +1,9 @@
 """Models by their dimensions: totals as advertised, and what follows for layers and the cache."""
 
+import os
+import pickle
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from random import Random
@@ -354,3 +358,18 @@ def changed_block(**changes):
 def test_a_broken_model_in_a_policy_file_is_refused_by_field(plain, message):
     with pytest.raises(ProfileError, match=f"^policy.json: {message}"):
         as_read_from_a_file(plain)
+
+
+def test_a_model_is_the_same_key_in_a_process_that_hashes_names_otherwise():
+    """Its hash, and tables by its layers, were once those of the process that it came from."""
+    spec = BUILT_IN_MODELS["gpt-oss-20b"]
+    assert spec.layer_kinds(), "worked out before it is sent"
+    assert hash(spec) == hash(replace(spec))
+    code = (
+        "import pickle, sys; from hrm.model_spec import BUILT_IN_MODELS as models\n"
+        "sent, own = pickle.loads(sys.stdin.buffer.read()), models['gpt-oss-20b']\n"
+        "assert {sent: 1}[own] == 1 and all(kind in own.layer_kinds() for kind in sent.kinds)"
+    )
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", code], input=pickle.dumps(spec), env=environment, check=True)
