@@ -5,7 +5,7 @@ makes the seconds answers: every resource of the machine is given in turn at a l
 whatif` does the same with searches and simulations, so that report and what-if agree.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache, cached_property
@@ -136,8 +136,8 @@ def limits_of(
 ) -> Limits:
     """What limits a job; `seconds_of` are those of its phases, as they are predicted.
 
-    What each cause would save is found in closed form. Where it is not clear which would save most,
-    those that may are predicted, which takes longer.
+    What each cause would save is found in closed form. Where it is not clear which would save most, or
+    what one would, those that may are predicted, which takes longer.
     """
     cheaper = _at_costs(costs, 0.5)
 
@@ -154,7 +154,13 @@ def limits_of(
             return PhaseWork.total((1.0, closed(cause, phase)) for phase in phases)
 
         halved = {cause: work(cause) for cause in cheaper}
-        return _limit(work(None), halved, lambda cause: sum(predicted_s(cause, phase) for phase in phases))
+        contended = any(closed(None, phase).contends for phase in phases)
+        return _limit(
+            work(None),
+            halved,
+            lambda cause: sum(predicted_s(cause, phase) for phase in phases),
+            unclear={Cause.CPU_MEMORY} if contended else set(),  # how long a chain of tasks takes there
+        )
 
     return Limits(limit)
 
@@ -202,12 +208,18 @@ def _at_costs(costs: Costs, factor: float) -> dict[Cause, Costs]:
     return found
 
 
-def _limit(now: PhaseWork, halved: Mapping[Cause, PhaseWork], predicted_s: Callable[[Cause | None], float]) -> Limit:
+def _limit(
+    now: PhaseWork,
+    halved: Mapping[Cause, PhaseWork],
+    predicted_s: Callable[[Cause | None], float],
+    *,
+    unclear: Collection[Cause],
+) -> Limit:
     longest, seconds = now.longest, predicted_s(None)
     waiting_s = max(0.0, seconds - now.bound_s)
     saved_s = {cause: now.in_order_s - work.in_order_s for cause, work in halved.items()}
     most_s = max(*saved_s.values(), NEARLY_EQUAL * seconds)
-    rivals = [cause for cause, saved in saved_s.items() if saved > RIVAL * most_s]
+    rivals = [cause for cause, saved in saved_s.items() if saved > RIVAL * most_s or cause in unclear]
     if len(rivals) + (waiting_s / 2 > RIVAL * most_s) > 1:
         saved_s |= {cause: seconds - predicted_s(cause) for cause in rivals}
     in_longest_s = {cause: now.busy_s[longest] - work.busy_s[longest] for cause, work in halved.items()}

@@ -61,6 +61,11 @@ class PhaseWork:
         return {**lanes, HOST_MEMORY: self.host_memory_s, CORES: self.cores_s}
 
     @property
+    def contends(self) -> bool:
+        """Whether lanes want the host's memory at once: it takes longer for all of them than for any."""
+        return self.host_memory_s > max(seconds for lane, seconds in self.lane_s.items() if lane is not Lane.GPU)
+
+    @property
     def longest(self) -> str:
         """Which of `busy_s` has the most; a lane, where the host's memory has no more."""
         busy_s = self.busy_s
