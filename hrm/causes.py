@@ -5,7 +5,7 @@ makes the seconds answers: every resource of the machine is given in turn at a l
 whatif` does the same with searches and simulations, so that report and what-if agree.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache, cached_property
@@ -156,10 +156,7 @@ def limits_of(
         halved = {cause: work(cause) for cause in cheaper}
         contended = any(closed(None, phase).contends for phase in phases)
         return _limit(
-            work(None),
-            halved,
-            lambda cause: sum(predicted_s(cause, phase) for phase in phases),
-            unclear={Cause.CPU_MEMORY} if contended else set(),  # how long a chain of tasks takes there
+            work(None), halved, lambda cause: sum(predicted_s(cause, phase) for phase in phases), contended=contended
         )
 
     return Limits(limit)
@@ -209,17 +206,14 @@ def _at_costs(costs: Costs, factor: float) -> dict[Cause, Costs]:
 
 
 def _limit(
-    now: PhaseWork,
-    halved: Mapping[Cause, PhaseWork],
-    predicted_s: Callable[[Cause | None], float],
-    *,
-    unclear: Collection[Cause],
+    now: PhaseWork, halved: Mapping[Cause, PhaseWork], predicted_s: Callable[[Cause | None], float], *, contended: bool
 ) -> Limit:
     longest, seconds = now.longest, predicted_s(None)
     waiting_s = max(0.0, seconds - now.bound_s)
     saved_s = {cause: now.in_order_s - work.in_order_s for cause, work in halved.items()}
     most_s = max(*saved_s.values(), NEARLY_EQUAL * seconds)
-    rivals = [cause for cause, saved in saved_s.items() if saved > RIVAL * most_s or cause in unclear]
+    unclear = Cause.CPU_MEMORY if contended else None  # no lane tells how much longer a chain of tasks takes by it
+    rivals = [cause for cause, saved in saved_s.items() if saved > RIVAL * most_s or cause is unclear]
     if len(rivals) + (waiting_s / 2 > RIVAL * most_s) > 1:
         saved_s |= {cause: seconds - predicted_s(cause) for cause in rivals}
     in_longest_s = {cause: now.busy_s[longest] - work.busy_s[longest] for cause, work in halved.items()}

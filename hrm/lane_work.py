@@ -1,6 +1,6 @@
 """What the tasks of a phase take in closed form, for one policy or a grid of them: by act, and by lane."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Final, NamedTuple
@@ -56,9 +56,8 @@ class PhaseSeconds(NamedTuple):
         What more it takes than the busiest lane that uses the memory is spread over the time of the phase: as if the
         others used it at random times. A chain of tasks that takes longer so leaves them more time.
         """
-        using = max(float(seconds) for lane, seconds in self.lanes.items() if lane is not Lane.GPU)
-        contended = float(self.host_memory_s) - using
-        if contended <= 0 or using <= 0:
+        contended = contended_s(self.lanes, self.host_memory_s)
+        if not contended:
             return 1.0
         # T = longest, or if that is more, T = apart + together * T / (T - contended).
         chained = {act: float(seconds) for act, seconds in self.acts.items() if act.chained}
@@ -68,6 +67,12 @@ class PhaseSeconds(NamedTuple):
         of_chain = half + sqrt(max(half**2 - apart * contended, 0.0))
         phase_s = max(*(float(seconds) for seconds in self.lanes.values()), float(self.host_memory_s), of_chain)
         return phase_s / (phase_s - contended)
+
+
+def contended_s(lanes: Mapping[Lane, Number], host_memory_s: Number) -> float:
+    """How much longer the host's memory takes for all lanes than for the busiest of those that use it."""
+    using = max(float(seconds) for lane, seconds in lanes.items() if lane is not Lane.GPU)
+    return max(float(host_memory_s) - using, 0.0) if using > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)

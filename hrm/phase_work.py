@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 from hrm.closed_form import DecodeStep, Point, sampled_contexts, whole_prefill
 from hrm.costs import ALONE, Costs, Stretch
-from hrm.lane_work import PhaseSeconds
+from hrm.lane_work import PhaseSeconds, contended_s
 from hrm.policy import Policy
 from hrm.tasks import Lane, Phase
 from hrm.workload import Workload
@@ -63,7 +63,7 @@ class PhaseWork:
     @property
     def contends(self) -> bool:
         """Whether lanes want the host's memory at once: it takes longer for all of them than for any."""
-        return self.host_memory_s > max(seconds for lane, seconds in self.lane_s.items() if lane is not Lane.GPU)
+        return contended_s(self.lane_s, self.host_memory_s) > 0
 
     @property
     def longest(self) -> str:

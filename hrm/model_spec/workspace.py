@@ -28,13 +28,13 @@ def workspace_bytes(spec: ModelSpec, num_tokens: Number, compute: Format, *, lon
     line of its mask; `longest_tokens` bounds what such a prompt has so far. Linear attention needs its
     temporaries for one block of tokens only. Of packed matrices some rows are dequantised.
     """
-    of_model = _of_model(spec, compute)
+    of_model = _temporaries_of(spec, compute)
     mask_line = of_model.element * (longest_tokens + MASK_BLOCK_TOKENS * (longest_tokens > 0))
     temporaries = maximum(num_tokens * of_model.stage, num_tokens * of_model.output + mask_line, of_model.block)
     return num_tokens * of_model.kept + temporaries + of_model.dequantised + WORKSPACE_ROUNDING_BYTES
 
 
-class _OfModel(NamedTuple):
+class _Temporaries(NamedTuple):
     """Bytes that depend on the model alone: of a token's element, of a token, of a block, and of dequantised rows."""
 
     element: int
@@ -46,7 +46,7 @@ class _OfModel(NamedTuple):
 
 
 @lru_cache(maxsize=64)  # searches ask it of the same model thousands of times
-def _of_model(spec: ModelSpec, compute: Format) -> _OfModel:
+def _temporaries_of(spec: ModelSpec, compute: Format) -> _Temporaries:
     size, hidden = compute.bytes_of(1), spec.hidden_size
     mixers = [kind.mixer for kind in spec.layer_kinds()]
     inner = max(block.inner_size for kind in spec.layer_kinds() for block in kind.ffn)
@@ -57,7 +57,7 @@ def _of_model(spec: ModelSpec, compute: Format) -> _OfModel:
         max(mixer.temporary_bytes(compute) for mixer in mixers),
         size * (3 * hidden + waiting + 2 * max(inner, spec.least_inner_size)) + routing,
     )
-    return _OfModel(
+    return _Temporaries(
         element=size,
         kept=size * max(mixer.kept_elements for mixer in mixers),
         stage=max(stages),

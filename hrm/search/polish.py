@@ -91,11 +91,11 @@ def _near(space: Space, policy: Policy, enough: float) -> list[Policy]:
     """Policies near by that fit and are better than that in closed form."""
     kind, places = Kind.of_policy(policy), places_near(space, policy)
     grid = make_grid(space, kind, places)
-    own = np.arange(len(grid)) < len(grid) // len(places)
+    own = len(grid) // len(places)  # candidates of the policy's own place, which come first
     shorter = ChunkRange(min(_least_chunk(space), policy.prefill_chunk_tokens), policy.prefill_chunk_tokens)
     grid = grid.and_also(with_longest_chunks(space, kind, shorter, places))
     alike = _is_alike(grid, policy)
-    alike[: len(own)] |= own
+    alike[:own] = True
     grid = grid.take(np.flatnonzero(grid.fits & alike))
     if _is_even(space, policy):
         near = [grid.policy(space, int(index)) for index in np.flatnonzero(scores(space, grid) > enough)]

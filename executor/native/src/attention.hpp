@@ -51,9 +51,7 @@ void add_scores(
         if constexpr (D::PASSES == 2) pass.template operator()<1>(i, key_of);
     };
     int64_t i = 0;
-    for (; i + D::STEP <= dim; i += D::STEP) {
-        step(i, [&](int t) { return rows[t] + i; });
-    }
+    for (; i + D::STEP <= dim; i += D::STEP) step(i, [&](int t) { return rows[t] + i; });
     if (i < dim) {
         Padded<T, D::STEP> parts[KEY_TOKENS];
         for (int t = 0; t < KEY_TOKENS; ++t) parts[t].from(rows[t] + i, dim - i);
