@@ -1,25 +1,25 @@
 """The tasks of a phase with their bytes and seconds, and how long the phase takes when they are simulated."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import accumulate
-from math import ceil, inf
+from math import inf
 from operator import itemgetter
 from typing import Final
 
 from hrm.closed_form import DecodeStep, Point, whole_prefill
-from hrm.costs import ALONE, Costs, LayerMix, Stretch, TaskWork
+from hrm.costs import ALONE, Costs, Stretch, TaskWork
+from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import Pipeline, decode_pipeline, iter_positions, iter_tasks, prefill_pipeline
+from hrm.shortened import LEAST_LAYERS, shortened
 from hrm.simulate import Order, end_times, in_order, simulate
 from hrm.tasks import Phase
 from hrm.trace import Trace
 from hrm.workload import Workload
 
-# Longer graphs are simulated over fewer layers and carried on in proportion: layers are alike.
-MAX_TASKS: Final = 3000
-MIN_LAYERS: Final = 4  # that are simulated, however many micro-batches there are
+MAX_TASKS: Final = 3000  # of longer graphs fewer layers are simulated
+_OF_UNLIKE: Final = 8  # times as many where residents differ from layer to layer: what is left out is unlike the rest
 MIN_CHUNKS: Final = 64  # that are simulated, however many tasks each has
 MAX_MICRO_BATCHES: Final = 512  # that are simulated; of more, each stands for several
 _TASKS_A_MICRO_BATCH: Final = 8  # of a decode step, in each layer
@@ -130,8 +130,9 @@ def steps_seconds(
     work = decode_work(costs, policy, first, num_steps=STEADY_STEPS, tokens=tokens, shape=shape, stretch=ALONE)
     tasks_a_layer = _TASKS_A_MICRO_BATCH * STEADY_STEPS * max(shape.num_micro_batches, work.pipeline.num_pages)
     tasks_a_layer += STEADY_STEPS * shape.num_micro_batches * _tasks_of_parts(work.pipeline.parts)
+    forms = shortened(work, _most_tasks(costs.spec, policy) // 2 // tasks_a_layer)
     return [
-        _over_layers(replace(work, context=context, stretch=stretch), tasks_a_layer, seconds)
+        sum(factor * seconds(replace(form, context=context, stretch=stretch)) for factor, form in forms)
         for context, stretch in stretches.items()
     ]
 
@@ -140,11 +141,18 @@ def prefill_seconds(costs: Costs, policy: Policy, workload: Workload, *, stretch
     """Simulated seconds of one batch's prefill; of very many chunks, each stands for several."""
     shape, _, pages_in_one = _simulated_shape(policy)
     tasks_a_chunk = _TASKS_A_CHUNK + _tasks_of_parts(policy.parts(costs.spec, Phase.PREFILL))
-    affordable = max(MIN_CHUNKS, MAX_TASKS // (MIN_LAYERS * tasks_a_chunk))
+    affordable = max(MIN_CHUNKS, MAX_TASKS // (LEAST_LAYERS * tasks_a_chunk))
     work = prefill_work(costs, policy, workload, shape=shape, max_chunks=affordable, stretch=stretch)
     in_one = float(workload.chunks(policy.batch_size, policy.prefill_chunk_tokens)) / work.pipeline.num_micro_batches
     tasks_a_layer = tasks_a_chunk * work.pipeline.num_micro_batches
-    return _over_layers(work, tasks_a_layer, lambda work: max(_walked(work, in_one, pages_in_one)[1]))
+    forms = shortened(work, _most_tasks(costs.spec, policy) // tasks_a_layer)
+    return sum(factor * max(_walked(form, in_one, pages_in_one)[1]) for factor, form in forms)
+
+
+def _most_tasks(spec: ModelSpec, policy: Policy) -> int:
+    """About how many tasks of a graph are simulated."""
+    residents = [count for count, layer in zip(policy.resident_experts, spec.layers, strict=True) if layer.has_experts]
+    return MAX_TASKS if max(residents) - min(residents) <= 1 else _OF_UNLIKE * MAX_TASKS
 
 
 def _tasks_of_parts(parts: Sequence[int]) -> int:
@@ -214,52 +222,3 @@ def _new_order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
 # A hundred megabytes at most, and two of each phase of one policy.
 _short_order = lru_cache(maxsize=128)(_new_order)
 _long_order = lru_cache(maxsize=4)(_new_order)
-
-
-def _over_layers(work: TaskWork, tasks_a_layer: int, seconds: Callable[[TaskWork], float]) -> float:
-    """`seconds` of the whole work, from two shortened forms of it if it is long."""
-    layers = work.pipeline.num_layers
-    many = max(MIN_LAYERS, MAX_TASKS // tasks_a_layer)
-    if layers <= many:
-        return seconds(work)
-    few = many // 2
-    seconds_few, seconds_many = seconds(_cut(work, few)), seconds(_cut(work, many))
-    return seconds_many + (seconds_many - seconds_few) * (layers - many) / (many - few)
-
-
-def _cut(work: TaskWork, layers: int) -> TaskWork:
-    """The same work over fewer layers, each of which stands for equally many of the whole."""
-    pipeline = work.pipeline
-    span = pipeline.num_layers / layers
-
-    def shares(of_each: Sequence[float]) -> tuple[float, ...]:
-        """Means over the layers that each cut layer stands for, parts of a layer included."""
-        ends = [0.0, *accumulate(of_each)]
-
-        def total(position: float) -> float:
-            whole = min(int(position), len(of_each) - 1)
-            return ends[whole] + (position - whole) * of_each[whole]
-
-        return tuple((total((i + 1) * span) - total(i * span)) / span for i in range(layers))
-
-    def mix(first: float, last: float) -> LayerMix:
-        """Shares of the kinds of layer between two positions."""
-        kinds = dict.fromkeys(work.costs.spec.layers[int(first) : ceil(last - 1e-9)], 0.0)
-        for layer in range(int(first), ceil(last - 1e-9)):
-            part = min(layer + 1, last) - max(layer, first)
-            kinds[work.costs.spec.layer_kind(layer)] += part / (last - first)
-        return tuple(kinds.items())
-
-    mixes = tuple(mix(i * span, (i + 1) * span) for i in range(layers))
-    return replace(
-        work,
-        mean_residents=shares(work.resident_experts),
-        layer_mixes=mixes if len(work.costs.spec.layer_kinds()) > 1 else (),
-        pipeline=replace(
-            pipeline,
-            num_layers=layers,
-            streamed=tuple(share > 1e-9 for share in shares(pipeline.streamed)),
-            cpu_experts=tuple(share > 1e-9 for share in shares(pipeline.cpu_experts)),
-            parts=tuple(ceil(share - 1e-9) for share in shares(pipeline.parts)) if pipeline.parts else (),
-        ),
-    )

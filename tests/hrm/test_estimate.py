@@ -142,6 +142,40 @@ def test_time_carried_on_from_few_layers_is_that_of_all_layers(monkeypatch, sche
         assert quick == pytest.approx(whole, rel=tolerance), counts
 
 
+@pytest.mark.parametrize("seed", [7, 21, 75, 89])
+def test_what_is_left_out_of_long_graphs_waits_as_what_is_simulated(monkeypatch, seed):
+    """Also where some layers have all experts on the GPU and others none, of which means were 20 % too fast."""
+    rng = Random(seed)
+    case = random_case(rng)
+    for policy in random_policies(rng, case, None, count=2):
+        found: list[float] = []
+        for most in (3000, 10**9):
+            monkeypatch.setattr(sys.modules[step_seconds.__module__], "MAX_TASKS", most)
+            found.append(estimate(case.spec, policy, case.profile, case.workload).tokens_per_s)
+        assert found[0] == pytest.approx(found[1], rel=0.015), policy
+
+
+@pytest.mark.parametrize("model", ["qwen3-next", "qwen3.5-35b-a3b", "deepseek-v3"])
+def test_layers_of_other_kinds_take_turns_in_what_is_simulated(monkeypatch, model):
+    """Of few large micro-batches that attend on the CPU for long in some layers only, means were 10 % too fast."""
+    spec, profile = BUILT_IN_MODELS[model], compose("1xA10G", host="generic-server")
+    workload = Workload(name="test", prompt_len=100, max_prompt_len=100, gen_len=300)
+    policy = Policy(
+        batch_size=7 * 462,
+        micro_batch_size=462,
+        resident_experts=(0,) * spec.num_layers,
+        resident_dense=False,
+        kv_tokens_per_micro_batch=462 * 416,
+        prefill_chunk_tokens=8192,
+    )
+    costs, found = Costs(spec, profile, Formats.of("bfloat16")), list[float]()
+    for most in (1, 10**9):
+        monkeypatch.setattr(sys.modules[step_seconds.__module__], "MAX_TASKS", most)
+        found += [step_seconds(costs, policy, 250.0), step_seconds(costs, policy, 16000.0)]
+        found += [prefill_seconds(costs, policy, workload)]
+    assert found[:3] == pytest.approx(found[3:], rel=1e-3)
+
+
 @pytest.mark.parametrize("schedule", list(ScheduleName))
 def test_time_of_few_micro_batches_that_stand_for_many_is_that_of_all(monkeypatch, schedule):
     """Also where the latency of very small pages of weights is most of the time."""
