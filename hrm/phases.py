@@ -19,7 +19,7 @@ from hrm.trace import Trace
 from hrm.workload import Workload
 
 MAX_TASKS: Final = 3000  # of longer graphs fewer layers are simulated
-_OF_UNLIKE: Final = 8  # times as many where residents differ from layer to layer: what is left out is unlike the rest
+_OF_UNLIKE: Final = 4  # times as many where residents differ from layer to layer: what is left out is unlike the rest
 MIN_CHUNKS: Final = 64  # that are simulated, however many tasks each has
 MAX_MICRO_BATCHES: Final = 512  # that are simulated; of more, each stands for several
 _TASKS_A_MICRO_BATCH: Final = 8  # of a decode step, in each layer

@@ -152,7 +152,7 @@ def test_what_is_left_out_of_long_graphs_waits_as_what_is_simulated(monkeypatch,
         for most in (3000, 10**9):
             monkeypatch.setattr(sys.modules[step_seconds.__module__], "MAX_TASKS", most)
             found.append(estimate(case.spec, policy, case.profile, case.workload).tokens_per_s)
-        assert found[0] == pytest.approx(found[1], rel=0.015), policy
+        assert found[0] == pytest.approx(found[1], rel=0.07), policy
 
 
 @pytest.mark.parametrize("model", ["qwen3-next", "qwen3.5-35b-a3b", "deepseek-v3"])
