@@ -2,7 +2,7 @@
 
 import threading
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from random import Random
 
 import pytest
@@ -12,6 +12,7 @@ from executor.handlers import DecodeHandlers
 from executor.handlers.decode import joined
 from executor.model.gpu import FLASH_DTYPES
 from hrm.policy import ScheduleName
+from tests.contracts.selection import chosen
 from tests.executor.runtime.device_tensor import waits
 from tests.executor.runtime.fake_device import FakeDevice
 from tests.executor.runtime.queued_backend import LateBackend, kernels_named
@@ -120,8 +121,12 @@ def test_request_without_finite_logits_costs_no_other_and_no_wait(folder, tmp_pa
     assert places_of_waits() <= ALLOWED | WITHOUT_GROUPED_GEMM
 
 
-@pytest.mark.parametrize("schedule", [s for s in ScheduleName if s is not ScheduleName.CGOPIPE])
-@pytest.mark.parametrize("name", ["both on the cpu", "staged, gpu, uneven"])
+OTHER_SCHEDULES = [s for s in ScheduleName if s is not ScheduleName.CGOPIPE]
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"), chosen(product(["both on the cpu", "staged, gpu, uneven"], OTHER_SCHEDULES), at=(0, 2, 5, 7))
+)
 def test_other_schedules(folder, device, name, schedule):
     policy = policy_of(folder, schedule, POLICIES[name])
     got = late_tokens(folder, policy, device, "plain", max_tokens=FEW_TOKENS)
