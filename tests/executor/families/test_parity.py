@@ -48,7 +48,7 @@ SELECTED = {
         "gpu_kv_micro_batches": 1,
         "prefill_chunk_tokens": 11,
         "prefix_buffer_tokens": 40,
-        "resident": 2,
+        "resident": ALL,
     },
     "split prompts, experts on the cpu": {
         "attention": CPU,
