@@ -26,7 +26,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo formats test predictions fuzz lint rules format bench bench-peers notebooks clean distclean
+.PHONY: help demo formats test test-all predictions fuzz lint rules format bench bench-peers notebooks clean distclean
 
 help:  ## show this list
 	@echo "make TARGET [PYTHON=python3.12] [JOBS=2]"
@@ -44,6 +44,9 @@ test: rules  ## linters, import rules, then types and the tests (PYTEST_ARGS="-k
 	@$(CHECK_TYPES) > $(TYPES_SAID) 2>&1 & types=$$!; trap 'kill $$types; exit 130' INT TERM; \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_ARGS); tests=$$?; \
 	  wait $$types; types=$$?; echo "$(CHECK_TYPES)"; cat $(TYPES_SAID); exit $$((tests | types))
+
+test-all: PYTEST_ARGS += --full
+test-all: test  ## the same with every case of the products and random problems of which `test` runs a selection
 
 predictions: $(TEST_READY)  ## which of the fixed predictions moved, and by how much (RECORD=1 agrees to them)
 	$(BIN)/python -m tests.predictions

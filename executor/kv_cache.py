@@ -81,4 +81,4 @@ def prefix_rows(num_elements: int, policy: Policy, memory: Tensor) -> Tensor:
 
 def _rows(memory: Tensor, row_bytes: int, dtype: torch.dtype) -> Tensor:
     """Whole rows of memory; what is left over is none."""
-    return memory[: len(memory) // row_bytes * row_bytes].view(dtype).view(-1, row_bytes // dtype.itemsize)
+    return memory[: memory.shape[0] // row_bytes * row_bytes].view(dtype).view(-1, row_bytes // dtype.itemsize)

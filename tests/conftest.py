@@ -67,6 +67,15 @@ def pytest_terminal_summary(terminalreporter):
             )
 
 
-def pytest_collection_modifyitems(items):
-    """Slow tests come first, so that at the end all workers have something short to do."""
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full", action="store_true", help="every case of products and random problems of which a selection is run"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Slow tests come first, so that at the end all workers have something short to do; of products a selection."""
+    if not config.getoption("full"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -63,7 +63,7 @@ def prefill_attention(
     heads, kv_heads = block.num_heads, block.num_kv_heads
     sizes = (heads, kv_heads, kv_heads)
     out_THd = out_TQ.view(-1, heads, block.head_dim)
-    qkv_TXd = qkv_TX.view(len(qkv_TX), -1, block.head_dim)
+    qkv_TXd = qkv_TX.view(qkv_TX.shape[0], -1, block.head_dim)
     start = 0
     for length, cache_C2Gd in zip(lengths, caches_C2Gd, strict=True):
         prompt = slice(start, start + length)
@@ -74,10 +74,10 @@ def prefill_attention(
             if _attended_natively(qkv_TX[prompt], cache_C2Gd, out_TQ[prompt], softmax):
                 continue
         k_LGd, v_LGd = (k_TGd, v_TGd) if cache_C2Gd is None else cache_C2Gd.unbind(1)
-        if not softmax.is_plain(len(k_LGd)):
+        if not softmax.is_plain(k_LGd.shape[0]):
             attend(q_THd, k_LGd, v_LGd, out_THd[prompt], softmax)
             continue
-        if cache_C2Gd is not None and len(cache_C2Gd) > length:
+        if cache_C2Gd is not None and cache_C2Gd.shape[0] > length:
             if q_THd.device.type == "cpu":
                 _after_prefix_in_blocks(q_THd, cache_C2Gd, out_THd[prompt], workspace, softmax.scale)
             else:
@@ -88,17 +88,17 @@ def prefill_attention(
             q, k, v, is_causal=True, enable_gqa=heads != kv_heads, scale=softmax.scale
         )
         out_THd[prompt].copy_(context[0].transpose(0, 1))
-    assert start == len(qkv_TX), (start, qkv_TX.shape)
+    assert start == qkv_TX.shape[0], (start, qkv_TX.shape)
 
 
 def _attended_natively(qkv_TX: Tensor, cache_C2Gd: Tensor, out_TQ: Tensor, softmax: Softmax) -> bool:
     """Causal attention of a cache's last tokens if the native kernel is to do it, else False."""
-    native, context = kernels(), len(cache_C2Gd)
+    native, context = kernels(), cache_C2Gd.shape[0]
     if native is None or not native.takes_attention(qkv_TX, cache_C2Gd, out_TQ):
         return False
     if context > max_native_context(cache_C2Gd.dtype):
         return False
-    ends = range(context - len(qkv_TX) + 1, context + 1)
+    ends = range(context - qkv_TX.shape[0] + 1, context + 1)
     starts = [softmax.first_seen(end - 1) for end in ends]
     lengths = [end - start for start, end in zip(starts, ends, strict=True)]
     native.decode_attention(qkv_TX, cache_C2Gd, starts, lengths, out_TQ, softmax.logits)
@@ -192,7 +192,7 @@ def decode_attention(
             out.copy_(attended(query, k_LGd, v_LGd, None, softmax).flatten())
         return
     kv_heads, head_dim = cache_C2Gd.shape[2:]
-    grouped = (len(qkv_RX), 1, kv_heads, block.num_heads // kv_heads, head_dim)
+    grouped = (qkv_RX.shape[0], 1, kv_heads, block.num_heads // kv_heads, head_dim)
     queries = qkv_RX[:, : block.query_size].view(grouped).unbind()
     outputs = out_RQ.view(grouped).unbind()
     keys_1GCd, values_1GCd = cache_C2Gd.permute(1, 2, 0, 3).unsqueeze(1).unbind()

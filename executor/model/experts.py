@@ -71,7 +71,7 @@ def run_experts(
     if not is_recording():  # others will be chosen when it is played
         chosen = set(chain.from_iterable(routing.experts_TK.tolist()))
         given = [(index, weights) for index, weights in given if index in chosen]
-    if not given or not len(x_TD) or not native.takes_weights(given[0][1]):
+    if not given or not x_TD.shape[0] or not native.takes_weights(given[0][1]):
         return _run_in_torch(x_TD, routing, given, out_TD, workspace, glu)
     counts, left_out = _run_natively(native, x_TD, routing, given, out_TD, workspace, glu)
     if left_out:

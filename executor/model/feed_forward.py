@@ -116,7 +116,7 @@ class FeedForward:
     def route(self, x_TD: Tensor, weights: RouterWeights) -> Routing:
         """The experts of greatest score for each token, and their normalised scores."""
         router = self.router
-        logits_TE = project(x_TD, weights.router, x_TD.new_empty(len(x_TD), len(weights.router)))
+        logits_TE = project(x_TD, weights.router, x_TD.new_empty(x_TD.shape[0], weights.router.shape[0]))
         if router.input_scale != 1:
             logits_TE *= router.input_scale
         if weights.router_bias is not None:
@@ -143,7 +143,7 @@ class FeedForward:
         return self._expert_scaled(Routing(weights_TK, experts_TK), weights)
 
     def _chosen_natively(self, native: Kernels, logits_TE: Tensor, weights: RouterWeights) -> Routing:
-        shape = (len(logits_TE), self.experts_per_token)
+        shape = (logits_TE.shape[0], self.experts_per_token)
         routing = Routing(
             logits_TE.new_empty(shape, dtype=torch.float32), logits_TE.new_empty(shape, dtype=torch.int64)
         )
@@ -158,7 +158,7 @@ class FeedForward:
 
     def _through(self, x_TD: Tensor, w13: Matrix, w2: Matrix, out_TD: Tensor, workspace: Workspace) -> None:
         mark = workspace.mark()
-        gate_up_T2I = workspace.take((len(x_TD), len(w13)), x_TD.dtype)
+        gate_up_T2I = workspace.take((x_TD.shape[0], w13.shape[0]), x_TD.dtype)
         add_projected(self.glu.apply(project(x_TD, w13, gate_up_T2I)), w2, out_TD)
         workspace.release(mark)
 

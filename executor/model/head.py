@@ -23,8 +23,8 @@ def embed(
         torch.index_select(embedding_VD, 0, tokens_T, out=out_TD)
     else:
         rows_T = tokens_T - first_token
-        torch.index_select(embedding_VD, 0, rows_T.clamp(0, len(embedding_VD) - 1), out=out_TD)
-        out_TD[(rows_T < 0) | (rows_T >= len(embedding_VD))] = 0
+        torch.index_select(embedding_VD, 0, rows_T.clamp(0, embedding_VD.shape[0] - 1), out=out_TD)
+        out_TD[(rows_T < 0) | (rows_T >= embedding_VD.shape[0])] = 0
     if scale != 1:
         out_TD.mul_(scale)
 
@@ -44,7 +44,7 @@ def logits(
     With a `softcap` c they become c * tanh(logit / c). If nothing is done to them and they `may_be_narrow`, they are
     left as they are projected, in the dtype of hidden states, whose numbers are the same.
     """
-    shape = (len(hidden_RD), len(head.lm_head))
+    shape = (hidden_RD.shape[0], head.lm_head.shape[0])
     if may_be_narrow and head.lm_head_bias is None and scale == 1 and softcap is None:
         narrow_RV = workspace.take(shape, hidden_RD.dtype)
         mark = workspace.mark()

@@ -245,13 +245,14 @@ def expert_views(layer: Layer, flat: Tensor) -> ExpertWeights:
 
 def experts_in(layer: Layer, flat: Tensor, first: int) -> Experts:
     """All experts of a layer that lie in `flat` one after the other, numbered from `first`."""
-    if not len(flat):
+    if not flat.shape[0]:
         return Experts()
     tensors = expert_tensors(layer)
     each_EP = flat.view(-1, num_elements(tensors, flat.dtype))
-    matrices: list[Any] = [*in_order(tensors, each_EP)]
-    stack = ExpertStack(first, *matrices)
-    return Experts([(first + e, expert_views(layer, part)) for e, part in enumerate(each_EP)], (stack,))
+    stacked: dict[str, Any] = {**views(tensors, each_EP)}
+    alone = ({name: matrices[e] for name, matrices in stacked.items()} for e in range(each_EP.shape[0]))
+    each = [(first + e, ExpertWeights(**matrices)) for e, matrices in enumerate(alone)]
+    return Experts(each, (ExpertStack(first, *stacked.values()),))
 
 
 def head_views(spec: ModelSpec, flat: Tensor) -> HeadWeights:

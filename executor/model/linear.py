@@ -83,7 +83,7 @@ def _in_native(x_TW: Tensor, weight_NW: Matrix, out_TN: Tensor, *, add: bool) ->
     kernels = native.kernels()
     if kernels is None or not kernels.takes_linear(x_TW, weight_NW, out_TN):
         return False
-    if len(x_TW) > max_native_tokens(x_TW.dtype, packed=isinstance(weight_NW, Packed)):
+    if x_TW.shape[0] > max_native_tokens(x_TW.dtype, packed=isinstance(weight_NW, Packed)):
         return False
     kernels.linear(x_TW, weight_NW, out_TN, add=add)
     return True

@@ -32,7 +32,7 @@ class Rotary:
 
     def turn(self, x_TW: Tensor, num_heads: int, head_dim: int, positions_T: Tensor, workspace: Workspace) -> None:
         """Rotate, in place, the first `num_heads` heads of rows that may have more elements."""
-        tokens, half = len(x_TW), len(self.frequencies)
+        tokens, half = x_TW.shape[0], len(self.frequencies)
         frequencies_h = on_device(self.frequencies, x_TW.device)
         native = kernels()
         if native is not None and native.takes_rotation(x_TW, positions_T):

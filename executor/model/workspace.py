@@ -25,8 +25,8 @@ class Workspace:
         self._device = None if of_torch is None else memory.device
         assert memory.dtype is torch.uint8, memory.dtype
         assert memory.ndim == 1, memory.shape
-        self._memory = memory[: len(memory) // TEMPORARY_ALIGNMENT_BYTES * TEMPORARY_ALIGNMENT_BYTES]
-        self.capacity_bytes = len(self._memory) if of_torch is None else of_torch
+        self._memory = memory[: memory.shape[0] // TEMPORARY_ALIGNMENT_BYTES * TEMPORARY_ALIGNMENT_BYTES]
+        self.capacity_bytes = self._memory.shape[0] if of_torch is None else of_torch
         self._views: dict[torch.dtype, Tensor] = {}
         self._used_bytes = 0
         self.high_water_bytes = 0
@@ -40,8 +40,8 @@ class Workspace:
             view = self._views[dtype] = self._memory.view(dtype)
         start = self._used_bytes
         end = start + prod(shape) * dtype.itemsize
-        assert end <= len(self._memory), (
-            f"workspace of {len(self._memory)} bytes exhausted: {start} in use, asked for {shape}"
+        assert end <= self.capacity_bytes, (
+            f"workspace of {self.capacity_bytes} bytes exhausted: {start} in use, asked for {shape}"
         )
         self.high_water_bytes = max(self.high_water_bytes, end)
         self._used_bytes = -(-end // TEMPORARY_ALIGNMENT_BYTES) * TEMPORARY_ALIGNMENT_BYTES

@@ -94,7 +94,7 @@ class Kernels(ChoiceKernels):
             dtype=DTYPES[x_TD.dtype],
             hidden=x_TD.shape[1],
             intermediate=first.w2.shape[1],
-            num_tokens=len(x_TD),
+            num_tokens=x_TD.shape[0],
             experts_per_token=routing.experts_TK.shape[1],
             x=x_TD.data_ptr(),
             x_stride=x_TD.stride(0) * x_TD.itemsize,
@@ -103,7 +103,7 @@ class Kernels(ChoiceKernels):
             out=out_TD.data_ptr(),
             out_stride=out_TD.stride(0) * x_TD.itemsize,
             scratch=scratch.data_ptr(),
-            scratch_floats=len(scratch),
+            scratch_floats=scratch.shape[0],
             indices=[index for index, _ in experts],
             w13=[_addresses(one.w13) for one in each],
             w2=[_addresses(one.w2) for one in each],
@@ -134,9 +134,9 @@ class Kernels(ChoiceKernels):
         module().linear(
             path=self.path,
             dtype=DTYPES[x_TW.dtype],
-            tokens=len(x_TW),
+            tokens=x_TW.shape[0],
             width=x_TW.shape[1],
-            rows=len(weight_NW),
+            rows=weight_NW.shape[0],
             x=x_TW.data_ptr(),
             x_stride=x_TW.stride(0),
             w=_addresses(weight_NW),
@@ -163,7 +163,7 @@ class Kernels(ChoiceKernels):
         module().rms_norm(
             path=self.path,
             dtype=DTYPES[x_TD.dtype],
-            tokens=len(x_TD),
+            tokens=x_TD.shape[0],
             heads=x_TD.shape[1] if x_TD.ndim == 3 else 1,
             width=x_TD.shape[-1],
             x=x_TD.data_ptr(),
@@ -205,11 +205,11 @@ class Kernels(ChoiceKernels):
         elements i and i + pairs. What has turned is multiplied by `magnitude`. Rows may lie apart and
         begin anywhere: where what turns comes last, `rows_TX` begins with the first head's.
         """
-        pairs = len(frequencies_h)
+        pairs = frequencies_h.shape[0]
         module().rotate(
             path=self.path,
             dtype=DTYPES[rows_TX.dtype],
-            tokens=len(rows_TX),
+            tokens=rows_TX.shape[0],
             heads=heads,
             head_dim=2 * pairs if head_dim is None else head_dim,
             pairs=pairs,

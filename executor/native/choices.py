@@ -36,11 +36,11 @@ class ChoiceKernels(MixerKernels):
         module().append(
             to_address=cache_CX.data_ptr(),
             row_bytes=rows_RX.shape[1] * rows_RX.itemsize,
-            num_rows=len(cache_CX),
+            num_rows=cache_CX.shape[0],
             from_address=rows_RX.data_ptr(),
             stride=rows_RX.stride(0) * rows_RX.itemsize,
             rows=places_R.data_ptr(),
-            tokens=len(rows_RX),
+            tokens=rows_RX.shape[0],
         )
 
     def takes_choice(self, logits_TE: Tensor, correction_E: Tensor | None, groups: int) -> bool:
@@ -61,7 +61,7 @@ class ChoiceKernels(MixerKernels):
         module().choose_experts(
             path=self.path,
             dtype=DTYPES[logits_TE.dtype],
-            tokens=len(logits_TE),
+            tokens=logits_TE.shape[0],
             experts=logits_TE.shape[1],
             chosen=out.weights_TK.shape[1],
             logits=logits_TE.data_ptr(),
@@ -84,11 +84,11 @@ class ChoiceKernels(MixerKernels):
 
     def greatest(self, x_RV: Tensor) -> list[int]:
         """Where the greatest element of each row is, the first of equals; -1 where it is no finite number."""
-        found_R = torch.empty(len(x_RV), dtype=torch.int64)
+        found_R = torch.empty(x_RV.shape[0], dtype=torch.int64)
         module().greatest(
             path=self.path,
             dtype=DTYPES[x_RV.dtype],
-            rows=len(x_RV),
+            rows=x_RV.shape[0],
             width=x_RV.shape[1],
             x=x_RV.data_ptr(),
             stride=x_RV.stride(0),

@@ -115,7 +115,7 @@ class MixerKernels:
         size = out_RQ.itemsize
         num_heads = out_RQ.shape[1] // head_dim
         sinks_H = logits.sinks_H
-        assert sinks_H is None or len(sinks_H) == num_heads, (sinks_H, num_heads)
+        assert sinks_H is None or sinks_H.shape[0] == num_heads, (sinks_H, num_heads)
         checked(starts, lengths)
         module().decode_attention(
             path=self.path,
@@ -129,7 +129,7 @@ class MixerKernels:
             queries=queries_RX.data_ptr(),
             query_stride=queries_RX.stride(0) * size,
             cache=cache_C2Gd.data_ptr(),
-            cache_tokens=len(cache_C2Gd),
+            cache_tokens=cache_C2Gd.shape[0],
             **_coding(cache_C2Gd, (head_dim,) * 2 * kv_heads),
             out=out_RQ.data_ptr(),
             out_stride=out_RQ.stride(0) * size,
@@ -194,7 +194,7 @@ class MixerKernels:
             rope_stride=q_rope_RHp.stride(0),
             rope_head_stride=q_rope_RHp.stride(1),
             cache=cache_CL.data_ptr(),
-            cache_tokens=len(cache_CL),
+            cache_tokens=cache_CL.shape[0],
             **_coding(cache_CL, (rank, rope)),
             kv_up=kv_up.data_ptr(),
             out=out_RHv.data_ptr(),

@@ -48,7 +48,7 @@ class Layer(HashedOnce):
         """All blocks, in the order in which they are computed."""
         return (self.mixer, *self.ffn)
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[TensorSpec, ...]:
         """All tensors, in the order in which they lie in memory."""
         return tuple(tensor for block in self.blocks for tensor in self.tensors_of(block))

@@ -15,6 +15,8 @@ from hrm.model_spec import BUILT_IN_MODELS
 from hrm.search.result import OPTIMAL_GAP
 from tests.hrm.support import machine
 
+pytestmark = pytest.mark.usefixtures("coarse_searches")  # what is found is told, however good it is
+
 COMMANDS = (
     "profile",
     "profiles",

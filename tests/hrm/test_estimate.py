@@ -24,6 +24,7 @@ from hrm.schedules import SCHEDULES, decode_pipeline, iter_tasks, pages_of
 from hrm.search import Space
 from hrm.tasks import Device, Lane
 from hrm.workload import WORKLOADS, Workload
+from tests.contracts.selection import chosen
 from tests.hrm.random_plans import Case, random_case, random_policies
 from tests.hrm.support import (
     machine,
@@ -287,11 +288,12 @@ def test_a_policy_for_another_model_is_refused():
 
 
 @pytest.mark.parametrize("schedule", ScheduleName)
-def test_the_closed_form_takes_no_longer_than_the_simulation(schedule):
+@pytest.mark.parametrize("first", chosen((0, 50), at=(0,)))
+def test_the_closed_form_takes_no_longer_than_the_simulation(first, schedule):
     """What the search leaves out by its closed form could not have won."""
     workload = replace(WORKLOAD, gen_len=60)  # contexts outgrow a window of 64 on the way
     flexgen = schedule in (ScheduleName.FLEXGEN, ScheduleName.FLEXGEN_C)
-    for seed in range(100):
+    for seed in range(first, first + 50):
         rng = Random(seed)
         # FlexGen's closed form is of layers alike.
         spec = replace(random_dimensions(rng), num_layers=6).spec if flexgen else random_varied_spec(rng)

@@ -14,7 +14,7 @@ from hrm.workload import Workload
 from tests.hrm.small_configs import SMALL_JAMBA, SMALL_KIMI, SMALL_NEMOTRON, SMALL_SPARSE, transformers_config
 from tests.hrm.support import machine, tiny_spec
 
-pytestmark = pytest.mark.usefixtures("rough_bounds")
+pytestmark = pytest.mark.usefixtures("coarse_searches")
 
 BF16 = Formats.of("bfloat16")
 MAMBA = Mamba(hidden_size=64, inner_size=128, state_size=8, step_rank=4)

@@ -26,6 +26,7 @@ from hrm.search.smooth import smoothed
 from hrm.tasks import Device
 from hrm.units import GB
 from hrm.workload import WORKLOADS, Workload
+from tests.contracts.selection import chosen
 from tests.hrm.ceilings import by_parts, closed_form_rate, lowest_ceilings
 from tests.hrm.random_plans import Case, random_case, random_policies
 from tests.hrm.support import machine, rate
@@ -43,7 +44,7 @@ def searched(case: Case, profile: HardwareProfile | None = None, **options: Any)
     return search(Space(case.spec, machine, case.workload, dtype=case.dtype, **options), runner_ups=0)
 
 
-@pytest.mark.parametrize("group", range(GROUPS))
+@pytest.mark.parametrize("group", chosen(range(GROUPS), at=(1, 3, 5, 8)))
 def test_no_policy_that_fits_is_cut_off_or_beats_a_ceiling_on_the_way_to_it(group):
     """The bounds of 300 random problems, at every region that a policy of theirs is in."""
     found = 0
@@ -61,7 +62,7 @@ def test_no_policy_that_fits_is_cut_off_or_beats_a_ceiling_on_the_way_to_it(grou
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_bounds")
-@pytest.mark.parametrize("group", range(GROUPS // 2))
+@pytest.mark.parametrize("group", chosen(range(GROUPS // 2), at=(2, 3)))
 def test_no_policy_that_fits_beats_the_bound_nor_a_search_that_is_called_optimal(group):
     """Of what is searched whole; `tests/bench/test_search_optimality.py` does it 1,500 times."""
     found = 0
@@ -80,7 +81,7 @@ def test_no_policy_that_fits_beats_the_bound_nor_a_search_that_is_called_optimal
 
 
 @pytest.mark.usefixtures("quick_bounds")
-@pytest.mark.parametrize("seed", FITTING)
+@pytest.mark.parametrize("seed", chosen(FITTING, at=(0, 3, 6, 9)))
 def test_more_of_a_resource_never_gives_less_and_a_narrower_search_never_more(seed):
     rng = Random(9000 + seed)
     case = random_case(rng)
@@ -97,7 +98,7 @@ def test_more_of_a_resource_never_gives_less_and_a_narrower_search_never_more(se
 
 
 @pytest.mark.usefixtures("quick_bounds")
-@pytest.mark.parametrize("seed", FITTING[:6])
+@pytest.mark.parametrize("seed", chosen(FITTING[:6], at=(0, 3)))
 def test_what_is_nearly_as_good_being_known_keeps_no_search_from_the_best(seed):
     """Kinds and ways that a bound leaves out are none that have it."""
     case = random_case(Random(9000 + seed))

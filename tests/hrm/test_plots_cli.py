@@ -8,6 +8,8 @@ from hrm.machines import save_profile
 from tests.hrm.pictures import MAGIC
 from tests.hrm.support import machine
 
+pytestmark = pytest.mark.usefixtures("coarse_searches")  # what is found is told, however good it is
+
 T4 = ["--model", "mixtral-8x7b", "--gpus", "1xT4"]
 SMALL = ["--requests", "64", "--prompt-len", "64", "--gen-len", "16"]
 STEPS = "--steps is 64: must be at most 15, as many as there are"  # the first of 16 tokens is of prefill

@@ -30,6 +30,7 @@ from hrm.search.ways import space_of_part
 from hrm.tasks import Device
 from hrm.units import GB
 from hrm.workload import MAX_REQUESTS, WORKLOADS, Workload
+from tests.contracts.selection import chosen
 from tests.hrm.support import figure, machine, random_dimensions, random_spec, random_varied_spec, tiny_spec
 
 CHUNKS = [15, 50, 200]  # of the workload's longest prompt a part, all, and more
@@ -118,7 +119,7 @@ def brute_force(space: Space) -> float:
     return best
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", chosen(range(4), at=(0, 1, 3)))
 def test_search_finds_what_brute_force_over_all_integers_finds(seed):
     rng = Random(seed)
     spec = replace(random_dimensions(rng), num_layers=3, num_experts=2, experts_per_token=1).spec
@@ -134,7 +135,7 @@ def test_search_finds_what_brute_force_over_all_integers_finds(seed):
 
 
 @pytest.mark.usefixtures("rough_bounds")
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", chosen(range(12), at=(0, 3, 6, 9)))
 def test_a_coarse_grid_and_what_is_around_its_best_miss_next_to_nothing(seed, monkeypatch):
     rng = Random(50 + seed)
     spec = random_spec(rng)
@@ -327,9 +328,10 @@ def place_of(policy: Policy) -> tuple[int, int, int, int, int]:
 
 @pytest.mark.usefixtures("rough_bounds")
 @pytest.mark.parametrize("schedule", ScheduleName)
-def test_search_never_returns_a_policy_that_does_not_fit(schedule):
+@pytest.mark.parametrize("first", chosen((0, 5), at=(0,)))
+def test_search_never_returns_a_policy_that_does_not_fit(first, schedule):
     found = 0
-    for seed in range(10):
+    for seed in range(first, first + 5):
         rng = Random(200 + seed)
         spec = random_spec(rng)
         profile = small_machine(rng, spec)
@@ -341,7 +343,7 @@ def test_search_never_returns_a_policy_that_does_not_fit(schedule):
             assert estimate.policy.schedule is schedule
             assert estimate.tokens_per_s <= result.best.tokens_per_s * (1 + TIE), (seed, estimate.policy)
         found += 1
-    assert found > 4
+    assert found > 1
 
 
 @pytest.mark.usefixtures("rough_bounds")

@@ -159,7 +159,7 @@ class GatedDelta(Mixer):
         states_rKgkv = states_rHkv.unflatten(1, shape)
         decays_rKg11, steps_rKg1 = decays_rH.view(-1, *shape, 1, 1), steps_rH.view(-1, *shape, 1)
         # One state is read where it lies, several where they are one matrix after the other.
-        place = states_rKgkv if len(states_rHkv) == 1 else None
+        place = states_rKgkv if states_rHkv.shape[0] == 1 else None
         decayed_rKgkv = torch.mul(states_rKgkv, decays_rKg11, out=place)
         both_rK12k = torch.stack((k_rK1k, q_rK1k), dim=3)
         held_rKgv, read_rKgv = torch.matmul(both_rK12k, decayed_rKgkv).unbind(3)
@@ -184,7 +184,7 @@ class GatedDelta(Mixer):
         """
         x_mX, decay_mH, step_mH = self._split(row_mX)
         q_mK1k, k_mK1k, v_mKgv = self._heads(_convolve(x_mX, weights.convolution, tail_tX, workspace))
-        heads, tokens = len(state_Hkv), len(row_mX)
+        heads, tokens = state_Hkv.shape[0], row_mX.shape[0]
 
         def by_head(x_mKgd: Tensor) -> Tensor:
             """(H, m, d), where key heads are repeated."""
@@ -233,7 +233,7 @@ def _step_convolution(x_rX: Tensor, weight_Xk: Tensor, tails_rtX: Tensor) -> Ten
 
 def _convolve(x_mX: Tensor, weight_Xk: Tensor, tail_tX: Tensor, workspace: Workspace) -> Tensor:
     """Tokens of a prompt, convolved with those before, which then are the last of them; float32."""
-    tokens, before = len(x_mX), len(tail_tX)
+    tokens, before = x_mX.shape[0], tail_tX.shape[0]
     convolved_mX = workspace.take(x_mX.shape, torch.float32)
     window_wX = workspace.take((before + tokens, x_mX.shape[1]), torch.float32)
     window_wX[:before].copy_(tail_tX)

@@ -145,7 +145,7 @@ class GroupedQuery(Mixer):
             return
         assert self.head_norm is not None, "the family does not say how heads are normed"
         for part, weight in zip(self._queries_and_keys(row_TX), (weights.query_norm, weights.key_norm), strict=True):
-            heads = part.view(len(part), part.shape[1] // len(weight), len(weight))
+            heads = part.view(part.shape[0], part.shape[1] // weight.shape[0], weight.shape[0])
             norm_into(self.head_norm, heads, weight, heads, workspace)
 
     def append(self, cache_C: Tensor, row_RX: Tensor, rows_R: Tensor) -> None:

@@ -71,7 +71,7 @@ class Latent(Mixer):
         assert weights.query_down is not None
         assert weights.query_norm is not None
         assert weights.query_up is not None
-        down_Tq = workspace.take((len(hidden_TD), self.block.query_rank), hidden_TD.dtype)
+        down_Tq = workspace.take((hidden_TD.shape[0], self.block.query_rank), hidden_TD.dtype)
         project(hidden_TD, weights.query_down, down_Tq)
         if weights.query_down_bias is not None:
             down_Tq.add_(weights.query_down_bias)
@@ -119,7 +119,7 @@ class Latent(Mixer):
         """With keys and values of all heads, which are what the caches here have."""
         block, mark = self.block, workspace.mark()
         shape = (-1, block.num_heads, block.head_dim + block.value_head_dim)
-        expanded_THe = workspace.take((len(row_TX), block.expanded_elements), row_TX.dtype).view(shape)
+        expanded_THe = workspace.take((row_TX.shape[0], block.expanded_elements), row_TX.dtype).view(shape)
         latent.expand(block, self.cached(row_TX), weights.kv_up, expanded_THe)
         prefixes = [None if cache is None else cache.view(shape) for cache in caches_C]
         rows, out_THv = (self._queries(row_TX), expanded_THe), self._values(out_TO)
@@ -143,4 +143,4 @@ class Latent(Mixer):
         return row_TX[:, : self.block.query_size].unflatten(1, (self.block.num_heads, -1))
 
     def _values(self, out_TO: Tensor) -> Tensor:
-        return out_TO.view(len(out_TO), self.block.num_heads, -1)
+        return out_TO.view(out_TO.shape[0], self.block.num_heads, -1)

@@ -60,6 +60,7 @@ def test_ranks_run_every_batch_together(size):
             assert completion.tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "told"),
     [

@@ -65,7 +65,7 @@ def job(folder, tmp_path):
 
 @pytest.mark.slow
 def test_memory_stays_flat(job):
-    few, many = 500, 4_000
+    few, many = 250, 2_500
     job(few)  # imports and caches
     growth = job(many) - job(few)
     assert growth < PER_REQUEST_BYTES * (many - few), f"{growth} bytes"

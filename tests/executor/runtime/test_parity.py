@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,7 @@ from executor import native
 from hrm.buffers import Purpose
 from hrm.memory import plan_memory
 from hrm.policy import ScheduleName
+from tests.contracts.selection import chosen, covering, pairs
 from tests.executor.runtime.support import (
     CPU,
     GPU,
@@ -98,18 +101,29 @@ POLICIES = {
     },
 }
 
+CHOICES = sorted({choice for policy in POLICIES.values() for choice in policy})
+
+
+def values_of(name: str) -> set[tuple[str, object]]:
+    """What a policy has of every choice, None where it is that of `make_policy`."""
+    return {(choice, POLICIES[name].get(choice)) for choice in CHOICES}
+
+
+def facts_of_case(case: tuple[Any, ...]) -> set[object]:
+    """Of a policy and what it is run with: each value, and any two of what comes after schedule and model."""
+    name, schedule, model, *others = case
+    return {*values_of(name), schedule, model, *pairs((str(place), value) for place, value in enumerate(others))}
+
+
 # Every policy meets every schedule and every model, and every schedule every model: what goes wrong is of two of them.
 # All three in every combination would take five times as long.
 PAIRS = [
-    pytest.param(
-        MODELS[(index + turn) % len(MODELS)],
-        choices,
-        SCHEDULES[turn % len(SCHEDULES)],
-        id=f"{SCHEDULES[turn % len(SCHEDULES)]}-{name}-{MODELS[(index + turn) % len(MODELS)]}",
-    )
-    for index, (name, choices) in enumerate(POLICIES.items())
+    (SCHEDULES[turn % len(SCHEDULES)], name, MODELS[(index + turn) % len(MODELS)])
+    for index, name in enumerate(POLICIES)
     for turn in range(max(len(SCHEDULES), len(MODELS)))
 ]
+# Policies have values in common: of any two values of choices, schedules and models that meet there, a case has both.
+MET = covering(PAIRS, lambda case: pairs({("schedule", case[0]), *values_of(case[1]), ("model", case[2])}))
 
 
 @cache
@@ -130,10 +144,10 @@ def policy_of(folder: Path, schedule: ScheduleName, choices: dict):
     return make_policy(spec.num_layers, schedule=schedule, **choices)
 
 
-@pytest.mark.parametrize(("model", "choices", "schedule"), PAIRS)
-def test_greedy_tokens_equal_those_of_transformers(tiny_folders, model, choices, schedule):
+@pytest.mark.parametrize(("schedule", "name", "model"), chosen(PAIRS, at=MET))
+def test_greedy_tokens_equal_those_of_transformers(tiny_folders, schedule, name, model):
     folder = tiny_folders[model]
-    with generator(folder, policy_of(folder, schedule, choices)) as made:
+    with generator(folder, policy_of(folder, schedule, POLICIES[name])) as made:
         done = generate(made, requests(PROMPTS, max_tokens=MAX_TOKENS))
     assert {name: completion.tokens for name, completion in done.items()} == expected(folder)
 
@@ -158,17 +172,22 @@ def test_torch_alone_gives_the_same_tokens(tiny_folder, name):
     assert {name: completion.tokens for name, completion in done.items()} == expected(tiny_folder)
 
 
-@pytest.mark.parametrize(("turn", "schedule"), list(enumerate(ScheduleName)))
-def test_emulated_accelerator_gives_the_same_tokens(tiny_folders, tiny_folder, turn, schedule):
-    """Every schedule with every model, attention in turn on the CPU and, with prefill's experts there, on the GPU."""
-    turn += list(tiny_folders.values()).index(tiny_folder)
+# Each schedule with each model; of those that every run has, each with two models and each model with two schedules.
+OF_MODELS = [*product(SCHEDULES, MODELS)]
+TWICE_EACH = [place for place in range(len(OF_MODELS)) if sum(divmod(place, len(MODELS))) % 5 in (0, 2)]
+
+
+@pytest.mark.parametrize(("schedule", "model"), chosen(OF_MODELS, at=TWICE_EACH))
+def test_emulated_accelerator_gives_the_same_tokens(tiny_folders, schedule, model):
+    """Attention in turn on the CPU and, with prefill's experts there, on the GPU."""
+    folder, turn = tiny_folders[model], MODELS.index(model) + SCHEDULES.index(schedule)
     attention, prefill_ffn = (CPU, GPU) if turn % 2 else (GPU, CPU)
     choices = {"attention": attention, "resident": 1, "ffn": CPU, "prefill_ffn": prefill_ffn}
-    policy = policy_of(tiny_folder, schedule, choices)
+    policy = policy_of(folder, schedule, choices)
     backend = emulated(machine(bandwidth=5e8))
-    with generator(tiny_folder, policy, backend=backend) as made:
+    with generator(folder, policy, backend=backend) as made:
         done = generate(made, requests(PROMPTS, max_tokens=MAX_TOKENS))
-    assert {name: completion.tokens for name, completion in done.items()} == expected(tiny_folder)
+    assert {name: completion.tokens for name, completion in done.items()} == expected(folder)
 
 
 def test_layers_larger_than_the_gpu_run_with_their_experts_on_the_host(tiny_folder):
@@ -187,19 +206,20 @@ def test_layers_larger_than_the_gpu_run_with_their_experts_on_the_host(tiny_fold
     assert streamed - kept > 0.9 * experts_of_two_layers
 
 
-@pytest.mark.parametrize("schedule", ScheduleName)
-def test_layers_larger_than_the_gpu_stream_in_parts(tiny_folder, schedule):
+@pytest.mark.parametrize(("schedule", "model"), chosen(OF_MODELS, at=TWICE_EACH))
+def test_layers_larger_than_the_gpu_stream_in_parts(tiny_folders, schedule, model):
     """In less memory than the experts of one layer take, and in as much as is planned."""
-    spec = architecture(tiny_folder).spec
+    folder = tiny_folders[model]
+    spec = architecture(folder).spec
     choices = {"micro_batch_size": 1, "batch_size": 2, "kv_tokens_per_micro_batch": 64, "prefill_chunk_tokens": 4}
     choices |= {"prefix_buffer_tokens": 64, "resident_dense": False, "experts_per_part": 1}
-    policy = policy_of(tiny_folder, schedule, choices)
+    policy = policy_of(folder, schedule, choices)
     planned = plan_memory(spec, policy, machine()).gpu
     backend = emulated(machine(gpu_bytes=planned.planned_bytes, bandwidth=5e8))
-    with generator(tiny_folder, policy, backend=backend) as made:
+    with generator(folder, policy, backend=backend) as made:
         done = generate(made, requests(PROMPTS[:4], max_tokens=MAX_TOKENS))
         peak = made.peak_bytes["gpu"]
-    assert {name: completion.tokens for name, completion in done.items()}.items() <= expected(tiny_folder).items()
+    assert {name: completion.tokens for name, completion in done.items()}.items() <= expected(folder).items()
     expert = spec.expert_parameters * 4
     assert (
         peak[Purpose.EXPERT_SLOTS] == planned.purposes[Purpose.EXPERT_SLOTS] == 2 * expert < spec.num_experts * expert

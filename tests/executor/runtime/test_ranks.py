@@ -1,6 +1,7 @@
 """Tokens of several ranks equal those of transformers, whatever the policy and the schedule."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,24 +12,59 @@ from hrm.buffers import Purpose
 from hrm.layers import ExpertDivision
 from hrm.parallel import tensor_parallel_obstacle
 from hrm.policy import Policy
+from tests.contracts.selection import chosen, covering
 from tests.executor.group.threads import with_ranks
 from tests.executor.runtime.fake_cuda import ACCELERATOR, installed
 from tests.executor.runtime.support import GPU, architecture, generate, requests
 from tests.executor.runtime.test_cuda import on_a_card
-from tests.executor.runtime.test_parity import MAX_TOKENS, POLICIES, PROMPTS, SCHEDULES, expected, policy_of
+from tests.executor.runtime.test_parity import (
+    MAX_TOKENS,
+    POLICIES,
+    PROMPTS,
+    SCHEDULES,
+    expected,
+    facts_of_case,
+    policy_of,
+)
 from tests.executor.tiny_models import DBRX, MODELS
 
 
-def tokens(made: Generator, _: Group) -> dict[str, tuple[int, ...]]:
-    return {name: done.tokens for name, done in generate(made, requests(PROMPTS, max_tokens=MAX_TOKENS)).items()}
+def tokens(made: Generator, _: Group, prompts: list[list[int]] = PROMPTS) -> dict[str, tuple[int, ...]]:
+    return {name: done.tokens for name, done in generate(made, requests(prompts, max_tokens=MAX_TOKENS)).items()}
 
 
-@pytest.mark.parametrize(("index", "name"), list(enumerate(POLICIES)))
-def test_greedy_tokens_of_ranks_equal_those_of_transformers(tiny_folders, index, name):
-    """Policies, schedules, models and numbers of ranks take turns."""
-    folder, size = tiny_folders[MODELS[index % len(MODELS)]], (2, 4)[index % 6 == 2]
-    policy = policy_of(folder, SCHEDULES[index % len(SCHEDULES)], POLICIES[name])
-    for found in with_ranks(folder, policy, size, tokens, accelerator=("cpu", "emulated")[index % 4 == 3]):
+# Policies, schedules, models, numbers of ranks and accelerators take turns.
+CASES = [
+    (
+        name,
+        SCHEDULES[index % len(SCHEDULES)],
+        MODELS[index % len(MODELS)],
+        (2, 4)[index % 6 == 2],
+        ("cpu", "emulated")[index % 4 == 3],
+    )
+    for index, name in enumerate(POLICIES)
+]
+UNDIVIDED = "tied"  # none divides its 5 experts
+OF_WHOLE_EXPERTS = [
+    (
+        name,
+        SCHEDULES[index % len(SCHEDULES)],
+        model,
+        2 if model == DBRX else (4, 2)[index % 3 == 2],
+        ("cpu", "emulated")[index % 4 == 3],
+    )
+    for index, name in enumerate(list(POLICIES)[::2])
+    for model in [[model for model in MODELS if model != UNDIVIDED][index % (len(MODELS) - 1)]]
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "model", "size", "accelerator"), chosen(CASES, at=covering(CASES, facts_of_case))
+)
+def test_greedy_tokens_of_ranks_equal_those_of_transformers(tiny_folders, name, schedule, model, size, accelerator):
+    folder = tiny_folders[model]
+    policy = policy_of(folder, schedule, POLICIES[name])
+    for found in with_ranks(folder, policy, size, tokens, accelerator=accelerator):
         assert found == expected(folder)
 
 
@@ -43,13 +79,17 @@ def with_whole_experts(folder: Path, policy: Policy, ranks: int) -> Policy:
     )
 
 
-@pytest.mark.parametrize(("index", "name"), list(enumerate(list(POLICIES)[::2])))
-def test_greedy_tokens_of_ranks_with_whole_experts_equal_those_of_transformers(tiny_folders, index, name):
+@pytest.mark.parametrize(
+    ("name", "schedule", "model", "size", "accelerator"),
+    chosen(OF_WHOLE_EXPERTS, at=covering(OF_WHOLE_EXPERTS, facts_of_case)),
+)
+def test_greedy_tokens_of_ranks_with_whole_experts_equal_those_of_transformers(
+    tiny_folders, name, schedule, model, size, accelerator
+):
     """Of few tokens some choose none of a rank's; of other ranks' only the router is there."""
-    model = [model for model in MODELS if model != "tied"][index % (len(MODELS) - 1)]  # whose 5 experts none divides
-    folder, size = tiny_folders[model], 2 if model == DBRX else (4, 2)[index % 3 == 2]
-    policy = with_whole_experts(folder, policy_of(folder, SCHEDULES[index % len(SCHEDULES)], POLICIES[name]), size)
-    for found in with_ranks(folder, policy, size, tokens, accelerator=("cpu", "emulated")[index % 4 == 3]):
+    folder = tiny_folders[model]
+    policy = with_whole_experts(folder, policy_of(folder, schedule, POLICIES[name]), size)
+    for found in with_ranks(folder, policy, size, tokens, accelerator=accelerator):
         assert found == expected(folder)
 
 
@@ -87,9 +127,10 @@ def test_ranks_on_one_card_sum_up_through_the_hosts_memory(tiny_folders, monkeyp
     policy = policy_of(folder, SCHEDULES[0], POLICIES[name])
     if division is ExpertDivision.WHOLE:
         policy = with_whole_experts(folder, policy, 2)
+    few = PROMPTS[:12]  # three micro-batches
     with installed((9, 0)):
-        found = with_ranks(folder, policy, 2, tokens, accelerator=ACCELERATOR)
-    assert found == [expected(folder)] * 2
+        found = with_ranks(folder, policy, 2, partial(tokens, prompts=few), accelerator=ACCELERATOR)
+    assert found == [dict(list(expected(folder).items())[: len(few)])] * 2
 
 
 class TestOnACard:
@@ -102,19 +143,21 @@ class TestOnACard:
         assert with_ranks(folder, policy, 2, tokens, accelerator="cuda:0") == [expected(folder)] * 2
 
 
-def test_a_random_choice_and_its_logprobs_are_those_of_one_rank(tiny_folder):
-    policy = policy_of(tiny_folder, SCHEDULES[0], {"attention": GPU})
+@pytest.mark.parametrize("model", chosen(MODELS, at=(0, 3, 4)))
+def test_a_random_choice_and_its_logprobs_are_those_of_one_rank(tiny_folders, model):
+    folder = tiny_folders[model]
+    policy = policy_of(folder, SCHEDULES[0], {"attention": GPU})
 
     def choices(made: Generator, _: Group) -> dict[str, Completion]:
         return generate(made, requests(PROMPTS[:8], max_tokens=MAX_TOKENS, temperature=1.0, logprobs=True))
 
-    (alone,) = with_ranks(tiny_folder, policy, 1, choices)
-    spec = architecture(tiny_folder).spec
+    (alone,) = with_ranks(folder, policy, 1, choices)
+    spec = architecture(folder).spec
     ways = [(size, division) for size in (2, 4) for division in ExpertDivision]
     divided = [way for way in ways if not tensor_parallel_obstacle(spec, *way)]
     assert len(divided) >= 2
     for size, division in divided:
-        ranks = with_ranks(tiny_folder, replace(policy, expert_division=division), size, choices)
+        ranks = with_ranks(folder, replace(policy, expert_division=division), size, choices)
         assert all(found == ranks[0] for found in ranks), "the same bits on all ranks"
         for name, done in ranks[0].items():
             assert done.tokens == alone[name].tokens

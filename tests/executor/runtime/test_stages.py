@@ -3,9 +3,18 @@
 import pytest
 
 from executor.generate import Generator
+from tests.contracts.selection import chosen, covering
 from tests.executor.group.threads import with_stages
 from tests.executor.runtime.support import generate, make_policy, requests
-from tests.executor.runtime.test_parity import MAX_TOKENS, POLICIES, PROMPTS, SCHEDULES, expected, policy_of
+from tests.executor.runtime.test_parity import (
+    MAX_TOKENS,
+    POLICIES,
+    PROMPTS,
+    SCHEDULES,
+    expected,
+    facts_of_case,
+    policy_of,
+)
 from tests.executor.tiny_models import MODELS, save_tiny
 
 
@@ -13,12 +22,27 @@ def tokens(made: Generator) -> dict[str, tuple[int, ...]]:
     return {name: done.tokens for name, done in generate(made, requests(PROMPTS, max_tokens=MAX_TOKENS)).items()}
 
 
-@pytest.mark.parametrize(("index", "name"), list(enumerate(POLICIES)))
-def test_greedy_tokens_of_stages_equal_those_of_transformers(tiny_folders, index, name):
-    """Policies, schedules, models, and numbers of stages and their lengths take turns; models have three layers."""
-    folder, lengths = tiny_folders[MODELS[index % len(MODELS)]], ((1, 2), (2, 1), (1, 1, 1))[index % 3]
-    policy = policy_of(folder, SCHEDULES[index % len(SCHEDULES)], POLICIES[name])
-    for found in with_stages(folder, policy, lengths, tokens, is_emulated=index % 4 == 3):
+# Models have three layers.
+CASES = [
+    (
+        name,
+        SCHEDULES[index % len(SCHEDULES)],
+        MODELS[index % len(MODELS)],
+        ((1, 2), (2, 1), (1, 1, 1))[index % 3],
+        ("cpu", "emulated")[index % 4 == 3],
+    )
+    for index, name in enumerate(POLICIES)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "model", "lengths", "accelerator"), chosen(CASES, at=covering(CASES, facts_of_case))
+)
+def test_greedy_tokens_of_stages_equal_those_of_transformers(tiny_folders, name, schedule, model, lengths, accelerator):
+    """Policies, schedules, models, numbers of stages with their lengths, and accelerators take turns."""
+    folder = tiny_folders[model]
+    policy = policy_of(folder, schedule, POLICIES[name])
+    for found in with_stages(folder, policy, lengths, tokens, is_emulated=accelerator == "emulated"):
         assert found == expected(folder)
 
 
