@@ -47,11 +47,10 @@ def options(**given: object) -> list[str]:
     return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def call(module: str, *arguments: str) -> None:
+def call(program: str, *arguments: str) -> None:
     """Echo a command as the user would type it, run it, and end if it fails."""
-    program = module.partition(".")[0]
     click.secho(f"\n$ {shlex.join([program, *arguments])}", bold=True)
-    done = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
+    done = subprocess.run([sys.executable, "-m", program, *arguments], check=False)
     if done.returncode:
         sys.exit(done.returncode)
 
@@ -111,13 +110,13 @@ def demo(output_dir: Path, gpu_memory: str, link_bandwidth: str, requests: int) 
     mean, longest = measured_lengths(prompts, model, requests)
     emulated = options(accelerator="emulated", gpu_memory=gpu_memory, link_bandwidth=link_bandwidth)
     measured = options(model=model, dtype="bfloat16")
-    call("hrm.cli", "profile", *emulated, *measured, "--quick", *options(out=profile))
+    call("hrm", "profile", *emulated, *measured, "--quick", *options(out=profile))
     lengths = options(prompt_len=f"{mean:.1f}", max_prompt_len=longest, gen_len=MAX_TOKENS, requests=requests)
-    call("hrm.cli", "search", *options(model=model, profile=profile), *lengths, *options(ffn="gpu", out=policy))
+    call("hrm", "search", *options(model=model, profile=profile), *lengths, *options(ffn="gpu", out=policy))
     job = options(model=model, policy=policy, input=prompts, max_requests=requests, output_dir=run)
-    call("executor.cli", "run", *job)
+    call("executor", "run", *job)
     show(run, prompts)
-    call("hrm.cli", "validate", str(run))
+    call("hrm", "validate", str(run))
 
 
 def show(run: Path, prompts: Path) -> None:

@@ -23,7 +23,7 @@ def call(module: str, *arguments: str) -> str:
 def test_schedules_on_the_demo_model(tmp_path: Path) -> None:
     profile, policy = str(tmp_path / "machine.yaml"), str(tmp_path / "policy.json")
     call(
-        "hrm.cli",
+        "hrm",
         "profile",
         "--accelerator",
         "emulated",
@@ -39,7 +39,7 @@ def test_schedules_on_the_demo_model(tmp_path: Path) -> None:
     )
     plan = json.loads(
         call(
-            "hrm.cli",
+            "hrm",
             "search",
             "--model",
             str(MODEL_DIR),
@@ -62,7 +62,7 @@ def test_schedules_on_the_demo_model(tmp_path: Path) -> None:
     )
     rows = json.loads(
         call(
-            "executor.cli",
+            "executor",
             "bench",
             "--model",
             str(MODEL_DIR),

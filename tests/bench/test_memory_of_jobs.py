@@ -32,7 +32,7 @@ def peak_bytes(*command: str) -> tuple[int, float]:
 def test_memory_of_jobs(tmp_path: Path) -> None:
     policy = str(tmp_path / "policy.json")
     peak_bytes(
-        "hrm.cli",
+        "hrm",
         "search",
         "--model",
         str(MODEL_DIR),
@@ -63,7 +63,7 @@ def test_memory_of_jobs(tmp_path: Path) -> None:
                 line = {"custom_id": f"r{index}", "url": "/v1/completions", "body": body}
                 file.write(json.dumps(line) + "\n")
         peak, seconds = peak_bytes(
-            "executor.cli",
+            "executor",
             "run",
             "--model",
             str(MODEL_DIR),

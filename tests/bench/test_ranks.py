@@ -41,19 +41,19 @@ def runs(folder: Path, profile: Path, micro_batch_size: int, lengths: list[str])
     policy, lines, out = folder / "policy.json", folder / "in.jsonl", folder / "run"
     sizes = ["-u", str(micro_batch_size), "-n", str(REQUESTS // micro_batch_size)]
     rest = ["--attention", "cpu", "--stream-dense", "--prefill-chunk", str(CHUNK_TOKENS), "--out", str(policy)]
-    call("hrm.cli", "estimate", "--model", str(MODEL_DIR), "--profile", str(profile), *lengths, *sizes, *rest)
+    call("hrm", "estimate", "--model", str(MODEL_DIR), "--profile", str(profile), *lengths, *sizes, *rest)
     job = ["--model", str(MODEL_DIR), "--policy", str(policy), "--input", str(lines), "--quiet"]
     for number in range(REPEATS):
         run = f"{out}-{profile.stem}-{micro_batch_size}-{number}"
-        call("executor.cli", "run", *job, "--output-dir", run)
-        yield json.loads(call("hrm.cli", "validate", run, "--json"))
+        call("executor", "run", *job, "--output-dir", run)
+        yield json.loads(call("hrm", "validate", run, "--json"))
 
 
 def test_two_ranks_beside_one(tmp_path: Path) -> None:
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
     machine = ["--gpu-memory", GPU_MEMORY, "--link-bandwidth", LINK_BANDWIDTH, "--model", str(MODEL_DIR), "--quick"]
     for path, accelerator in ((one, "emulated"), (two, "emulated:2")):
-        call("hrm.cli", "profile", "--accelerator", accelerator, *machine, "--dtype", "bfloat16", "--out", str(path))
+        call("hrm", "profile", "--accelerator", accelerator, *machine, "--dtype", "bfloat16", "--out", str(path))
     with PROMPTS.open(encoding="utf-8") as lines:
         (tmp_path / "in.jsonl").write_text("".join(islice(lines, REQUESTS)), encoding="utf-8")
     mean, longest = measured_lengths(PROMPTS, MODEL_DIR, REQUESTS)

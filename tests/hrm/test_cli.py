@@ -380,7 +380,7 @@ def test_memory_given_beside_a_policy_file_is_planned_with(hrm, refused, tmp_pat
 
 def test_the_whole_process_ends_with_code_2_and_no_traceback():
     done = subprocess.run(
-        [sys.executable, "-m", "hrm.cli", "models", "nowhere"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "hrm", "models", "nowhere"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: --model is 'nowhere'")

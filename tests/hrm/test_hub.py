@@ -141,7 +141,7 @@ def test_a_full_disk(hub, monkeypatch):
 
 def test_the_command_line_asks_the_endpoint_of_the_environment(hub, tmp_path):
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-m", "hrm.cli", "models", NAME]
+    command = [sys.executable, "-m", "hrm", "models", NAME]
     process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert (process.returncode, process.stderr) == (0, "")
     assert "Mixtral-8x7B.v0" in process.stdout

@@ -69,7 +69,7 @@ def test_what_hrm_profiles_prints_is_the_file_of_the_catalog(hrm):
 
 def test_a_gpu_and_a_host_written_by_a_shell_plan_as_those_of_the_catalog(tmp_path):
     def shell(line: str) -> str:
-        command = line.replace("hrm", f"{sys.executable} -m hrm.cli")
+        command = line.replace("hrm", f"{sys.executable} -m hrm")
         done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
         return done.stdout

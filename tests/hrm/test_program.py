@@ -20,7 +20,7 @@ ESTIMATE = ["estimate", "--model", "mixtral-8x7b", "--gpus", "1xT4", "-u", "8", 
 
 
 def started(program, *args, **options):
-    command = [sys.executable, "-m", f"{program}.cli", *map(str, args)]
+    command = [sys.executable, "-m", program, *map(str, args)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **options)
 
@@ -55,7 +55,7 @@ def test_a_reader_that_has_gone_is_no_mistake(program, args):
 def test_a_closed_output_is_no_mistake(program, args):
     command = 'exec "$@" >&-'
     process = subprocess.run(
-        ["sh", "-c", command, "sh", sys.executable, "-m", f"{program}.cli", *args],
+        ["sh", "-c", command, "sh", sys.executable, "-m", program, *args],
         capture_output=True,
         text=True,
         check=False,
@@ -67,7 +67,7 @@ def test_a_closed_output_is_no_mistake(program, args):
 def test_with_its_output_closed_nothing_is_printed_into_a_file(tmp_path):
     policy = tmp_path / "policy.json"
     process = subprocess.run(
-        ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-m", "hrm.cli", *ESTIMATE, "--out", policy],
+        ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-m", "hrm", *ESTIMATE, "--out", policy],
         check=False,
         timeout=60,
     )

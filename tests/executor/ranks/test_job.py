@@ -160,7 +160,7 @@ def test_devices_that_are_not_as_many_as_ranks_are_refused(model, policy, tmp_pa
 def start(model, policy, lines, folder, pace):
     """The command in a process of its own, on a link so slow that it takes seconds."""
     words = run_words(model, policy, lines, folder, "--link-bandwidth", pace, "--quiet")
-    return subprocess.Popen([sys.executable, "-m", "executor.cli", *words], stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-m", "executor", *words], stderr=subprocess.PIPE, text=True)
 
 
 def until(done, *, at_most_s=120.0):

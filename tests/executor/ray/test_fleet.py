@@ -70,7 +70,7 @@ def tokens(directory):
 def begun(arguments):
     """The command line in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "executor.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "executor", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 

@@ -353,7 +353,7 @@ def test_killed_run_keeps_what_had_ended_and_comes_to_the_same(run, folder, poli
     _, whole = run(lines, output="whole")
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "killed"
     arguments = run_words(folder, policy_path, prompts, output, "--quiet", "--link-bandwidth", "2MB/s")
-    process = subprocess.Popen([sys.executable, "-m", "executor.cli", *arguments])
+    process = subprocess.Popen([sys.executable, "-m", "executor", *arguments])
     path = tmp_path / "killed" / OUTPUTS
     deadline_s = time.monotonic() + 60
     while not (path.exists() and path.read_bytes()) and time.monotonic() < deadline_s:
