@@ -14,6 +14,9 @@ using native::COLUMNS;
 using native::SAME_LINES;
 
 constexpr int BLOCK_TOKENS = 8 * GEMM_TOKENS;  // whose results are held at a time
+// With so few, rows are multiplied one after the other: fewer the more often a line of them has to be.
+template <typename T>
+constexpr int FEW_TOKENS = GEMM_IN_TURN * Dot<T>::STEP / (Dot<T>::PASSES * (64 / static_cast<int>(sizeof(T))));
 constexpr int64_t STRETCH = 1024;  // of the rows and tokens: so many tokens' stay in the first cache
 
 // A stretch of some rows, and the same stretch of the tokens that it is multiplied with.
@@ -92,6 +95,63 @@ void multiply_tokens(const Tile<T>& tile, int tokens) {
     multiply_tile<T, ROWS, TOKENS, FETCH>(tile);
 }
 
+// The same, one row after the other, fetching those that come next and as many rows from `next` on, unless they are
+// null. Where rows follow one another that is the order of their addresses, in which memory delivers most; but
+// tokens are loaded for each.
+template <typename T, int ROWS, int TOKENS>
+__attribute__((noinline)) void multiply_in_turn(const Tile<T>& tile, const T* next) {
+    using D = Dot<T>;
+    constexpr int LINE = 64 / sizeof(T);
+    const float* tokens[TOKENS];
+    UNROLL
+    for (int t = 0; t < TOKENS; ++t) tokens[t] = tile.tokens[t];
+    Floats sums[TOKENS][ROWS];
+    UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) sums[t][r] = zeros();
+        const auto pass = [&]<int PASS>(int64_t i, const T* from) {
+            const typename D::Operand w = D::template load<PASS>(from);
+            UNROLL
+            for (int t = 0; t < TOKENS; ++t) {
+                sums[t][r] = D::step(sums[t][r], w, D::template prepared<PASS>(tokens[t], i));
+            }
+        };
+        const auto step = [&](int64_t i, const T* from) {
+            pass.template operator()<0>(i, from);
+            if constexpr (D::PASSES == 2) pass.template operator()<1>(i, from);
+        };
+        const T* const row = tile.rows + r * tile.width;
+        const T* const ahead = tile.ahead == nullptr ? row : tile.ahead + r * tile.ahead_width;
+        const T* const far = next == nullptr ? row : next + r * tile.width;
+        int64_t i = 0;
+        for (; i + D::STEP <= tile.length; i += D::STEP) {
+            if (D::STEP >= LINE || i % LINE == 0) {
+                prefetch(reinterpret_cast<const char*>(ahead + i));
+                prefetch(reinterpret_cast<const char*>(far + i));
+            }
+            step(i, row + i);
+        }
+        if (i < tile.length) {
+            Padded<T, D::STEP> rest;
+            step(i, rest.from(row + i, tile.length - i));
+        }
+    }
+    UNROLL
+    for (int t = 0; t < TOKENS; ++t) add_sums<ROWS>(sums[t], tile.results + t * tile.apart);
+}
+
+template <typename T, int ROWS, int TOKENS = FEW_TOKENS<T>>
+void multiply_few(const Tile<T>& tile, const T* next, int tokens) {
+    if constexpr (TOKENS > 1) {
+        if (tokens < TOKENS) {
+            multiply_few<T, ROWS, TOKENS - 1>(tile, next, tokens);
+            return;
+        }
+    }
+    multiply_in_turn<T, ROWS, TOKENS>(tile, next);
+}
+
 template <typename T>
 void multiply_rows(const Tile<T>& tile, int rows, int tokens, int fetch) {
     if (rows == 1) {
@@ -111,6 +171,7 @@ void multiply_rows(const Tile<T>& tile, int rows, int tokens, int fetch) {
 template <typename T>
 struct Rows {
     const T *first, *following;
+    int64_t next_tokens;  // that the following are multiplied with
     float* results;  // [token][row], tokens COLUMNS apart
 };
 
@@ -188,11 +249,37 @@ struct TokensAhead {
     }
 };
 
+// The products of at most FEW_TOKENS tokens with rows that follow one another without a gap. Rows that come next
+// are fetched as they are needed then: all of them now, if they are multiplied with more tokens.
+template <typename T, int NUM, typename Tokens>
+void multiply_contiguous(const Rows<T> (&sets)[NUM], int64_t rows, int64_t width, Tokens& inputs, int tokens) {
+    const float* const* const stretches = inputs.tokens(0, tokens, 0, width);
+    const bool many_next = sets[0].following != nullptr && sets[0].next_tokens > FEW_TOKENS<T>;
+    for (int i = 0; i < NUM; ++i) {
+        const T* const next_set = i + 1 < NUM ? sets[i + 1].first : sets[0].following;
+        for (int64_t row = 0; row < rows;) {
+            const int together = row + GEMM_ROWS <= rows ? GEMM_ROWS : 1;
+            const T* const here = sets[i].first + row * width;
+            const T* const ahead = row + together < rows ? here + together * width : next_set;
+            const Tile<T> work = {here, width, width, ahead, width, stretches, sets[i].results + row, COLUMNS};
+            const T* const next = many_next ? sets[i].following + row * width : nullptr;
+            together == 1 ? multiply_few<T, 1>(work, next, tokens) : multiply_few<T, GEMM_ROWS>(work, next, tokens);
+            row += together;
+        }
+    }
+}
+
 // results = rows . tokens for each of NUM sets of `rows` rows and at most BLOCK_TOKENS tokens.
 template <typename T, int NUM, typename Tokens>
 void multiply(
     const Rows<T> (&sets)[NUM], int64_t rows, int64_t width, Tokens& inputs, int tokens) {
     for (const Rows<T>& set : sets) std::memset(set.results, 0, tokens * COLUMNS * sizeof(float));
+    if constexpr (FEW_TOKENS<T> > 0) {
+        if (tokens <= FEW_TOKENS<T> && width <= STRETCH) {
+            multiply_contiguous(sets, rows, width, inputs, tokens);
+            return;
+        }
+    }
     const int tiles = (tokens + GEMM_TOKENS - 1) / GEMM_TOKENS;
     const int64_t stretches = (width + STRETCH - 1) / STRETCH;
     const int64_t stretch = native::rounded_up((width + stretches - 1) / stretches, 2 * LANES);
@@ -233,6 +320,7 @@ struct Slice {
     int64_t first;
     const native::Matrix* next;
     int64_t next_first;
+    int64_t next_tokens;  // that they are multiplied with
     float* results;  // [token][row], tokens COLUMNS apart
 };
 
@@ -277,7 +365,7 @@ struct Plain {
                 return static_cast<const T*>(matrix.numbers) + row * width;
             };
             const T* following = slice.next ? at(*slice.next, slice.next_first) : nullptr;
-            sets[i] = {at(slice.matrix, slice.first), following, slice.results};
+            sets[i] = {at(slice.matrix, slice.first), following, slice.next_tokens, slice.results};
         }
         ::multiply(sets, rows, width, inputs, count);
     }

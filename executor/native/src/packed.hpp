@@ -281,7 +281,7 @@ void linear(const native::Linear& shape, int64_t first, int64_t last, int64_t ne
             for (int i = 0; i < tokens; ++i) rows[i] = x + (t + i) * shape.x_stride;
             const bool is_last = t + tokens == shape.tokens && next >= 0;
             float* const products = scratch;
-            const Slice all[] = {{shape.w, first, is_last ? &shape.w : nullptr, next, products}};
+            const Slice all[] = {{shape.w, first, is_last ? &shape.w : nullptr, next, shape.tokens, products}};
             weights.multiply(all, last - first, shape.width, rows, shape.x_stride, tokens, scratch + PRODUCTS);
             for (int i = 0; i < tokens; ++i) {
                 T* row = out + (t + i) * shape.out_stride + first;
