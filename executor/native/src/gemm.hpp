@@ -5,8 +5,7 @@
 // read from memory once, and while there is much to compute, too.
 #pragma once
 
-#include "kernels.hpp"
-#include "simd.hpp"
+#include "in_turn.hpp"
 
 namespace {
 
@@ -14,9 +13,6 @@ using native::COLUMNS;
 using native::SAME_LINES;
 
 constexpr int BLOCK_TOKENS = 8 * GEMM_TOKENS;  // whose results are held at a time
-// With so few, rows are multiplied one after the other: fewer the more often a line of them has to be.
-template <typename T>
-constexpr int FEW_TOKENS = GEMM_IN_TURN * Dot<T>::STEP / (Dot<T>::PASSES * (64 / static_cast<int>(sizeof(T))));
 constexpr int64_t STRETCH = 1024;  // of the rows and tokens: so many tokens' stay in the first cache
 
 // A stretch of some rows, and the same stretch of the tokens that it is multiplied with.
@@ -95,63 +91,6 @@ void multiply_tokens(const Tile<T>& tile, int tokens) {
     multiply_tile<T, ROWS, TOKENS, FETCH>(tile);
 }
 
-// The same, one row after the other, fetching those that come next and as many rows from `next` on, unless they are
-// null. Where rows follow one another that is the order of their addresses, in which memory delivers most; but
-// tokens are loaded for each.
-template <typename T, int ROWS, int TOKENS>
-__attribute__((noinline)) void multiply_in_turn(const Tile<T>& tile, const T* next) {
-    using D = Dot<T>;
-    constexpr int LINE = 64 / sizeof(T);
-    const float* tokens[TOKENS];
-    UNROLL
-    for (int t = 0; t < TOKENS; ++t) tokens[t] = tile.tokens[t];
-    Floats sums[TOKENS][ROWS];
-    UNROLL
-    for (int r = 0; r < ROWS; ++r) {
-        UNROLL
-        for (int t = 0; t < TOKENS; ++t) sums[t][r] = zeros();
-        const auto pass = [&]<int PASS>(int64_t i, const T* from) {
-            const typename D::Operand w = D::template load<PASS>(from);
-            UNROLL
-            for (int t = 0; t < TOKENS; ++t) {
-                sums[t][r] = D::step(sums[t][r], w, D::template prepared<PASS>(tokens[t], i));
-            }
-        };
-        const auto step = [&](int64_t i, const T* from) {
-            pass.template operator()<0>(i, from);
-            if constexpr (D::PASSES == 2) pass.template operator()<1>(i, from);
-        };
-        const T* const row = tile.rows + r * tile.width;
-        const T* const ahead = tile.ahead == nullptr ? row : tile.ahead + r * tile.ahead_width;
-        const T* const far = next == nullptr ? row : next + r * tile.width;
-        int64_t i = 0;
-        for (; i + D::STEP <= tile.length; i += D::STEP) {
-            if (D::STEP >= LINE || i % LINE == 0) {
-                prefetch(reinterpret_cast<const char*>(ahead + i));
-                prefetch(reinterpret_cast<const char*>(far + i));
-            }
-            step(i, row + i);
-        }
-        if (i < tile.length) {
-            Padded<T, D::STEP> rest;
-            step(i, rest.from(row + i, tile.length - i));
-        }
-    }
-    UNROLL
-    for (int t = 0; t < TOKENS; ++t) add_sums<ROWS>(sums[t], tile.results + t * tile.apart);
-}
-
-template <typename T, int ROWS, int TOKENS = FEW_TOKENS<T>>
-void multiply_few(const Tile<T>& tile, const T* next, int tokens) {
-    if constexpr (TOKENS > 1) {
-        if (tokens < TOKENS) {
-            multiply_few<T, ROWS, TOKENS - 1>(tile, next, tokens);
-            return;
-        }
-    }
-    multiply_in_turn<T, ROWS, TOKENS>(tile, next);
-}
-
 template <typename T>
 void multiply_rows(const Tile<T>& tile, int rows, int tokens, int fetch) {
     if (rows == 1) {
@@ -184,9 +123,14 @@ struct Gathered {
     const float* stretches[GEMM_TOKENS];
     alignas(64) float prepared[GEMM_TOKENS * STRETCH];
 
-    Gathered(const T* const* of, int64_t stride, int64_t width)
+    Gathered(const T* const* of, int64_t stride, int64_t width, int count)
         : rows(of),
-          in_place(Dot<T>::IN_PLACE && width % Dot<T>::STEP == 0 && stride * sizeof(T) % SAME_LINES) {}
+          in_place(
+              Dot<T>::IN_PLACE && width % Dot<T>::STEP == 0 &&
+              (stride * sizeof(T) % SAME_LINES || count <= FEW_TOKENS<T>)) {}
+
+    // Whether all of a token is there at once.
+    bool lie_prepared() const { return in_place; }
 
     const char* at(int token, int64_t start) const { return reinterpret_cast<const char*>(rows[token] + start); }
 
@@ -210,6 +154,8 @@ struct Prepared {
     float* first;
     int64_t width;
     const float* stretches[GEMM_TOKENS];
+
+    bool lie_prepared() const { return true; }
 
     const char* at(int token, int64_t start) const {
         return reinterpret_cast<const char*>(Dot<T>::place(first + token * width, start));
@@ -249,22 +195,23 @@ struct TokensAhead {
     }
 };
 
-// The products of at most FEW_TOKENS tokens with rows that follow one another without a gap. Rows that come next
-// are fetched as they are needed then: all of them now, if they are multiplied with more tokens.
+// The products of at most FEW_TOKENS tokens with rows of at most WHOLE_STRETCHES, which follow one another without a
+// gap. Rows that come next are fetched as they are needed then: all of them now, if more tokens come with them.
 template <typename T, int NUM, typename Tokens>
-void multiply_contiguous(const Rows<T> (&sets)[NUM], int64_t rows, int64_t width, Tokens& inputs, int tokens) {
-    const float* const* const stretches = inputs.tokens(0, tokens, 0, width);
+void multiply_contiguous(
+    const Rows<T> (&sets)[NUM], int64_t rows, int64_t width, int64_t stretch, Tokens& inputs, int tokens) {
+    const float* const* const whole = inputs.tokens(0, tokens, 0, width);
     const bool many_next = sets[0].following != nullptr && sets[0].next_tokens > FEW_TOKENS<T>;
     for (int i = 0; i < NUM; ++i) {
         const T* const next_set = i + 1 < NUM ? sets[i + 1].first : sets[0].following;
         for (int64_t row = 0; row < rows;) {
-            const int together = row + GEMM_ROWS <= rows ? GEMM_ROWS : 1;
-            const T* const here = sets[i].first + row * width;
-            const T* const ahead = row + together < rows ? here + together * width : next_set;
-            const Tile<T> work = {here, width, width, ahead, width, stretches, sets[i].results + row, COLUMNS};
-            const T* const next = many_next ? sets[i].following + row * width : nullptr;
-            together == 1 ? multiply_few<T, 1>(work, next, tokens) : multiply_few<T, GEMM_ROWS>(work, next, tokens);
-            row += together;
+            const Run<T> run = {
+                sets[i].first + row * width, sets[i].first + rows * width, width, stretch, next_set,
+                many_next ? sets[i].following + row * width : nullptr, whole, sets[i].results + row,
+            };
+            const bool is_whole = row + GEMM_ROWS <= rows;
+            is_whole ? multiply_few<T, GEMM_ROWS>(run, tokens) : multiply_few<T, 1>(run, tokens);
+            row += is_whole ? GEMM_ROWS : 1;
         }
     }
 }
@@ -274,15 +221,15 @@ template <typename T, int NUM, typename Tokens>
 void multiply(
     const Rows<T> (&sets)[NUM], int64_t rows, int64_t width, Tokens& inputs, int tokens) {
     for (const Rows<T>& set : sets) std::memset(set.results, 0, tokens * COLUMNS * sizeof(float));
-    if constexpr (FEW_TOKENS<T> > 0) {
-        if (tokens <= FEW_TOKENS<T> && width <= STRETCH) {
-            multiply_contiguous(sets, rows, width, inputs, tokens);
-            return;
-        }
-    }
     const int tiles = (tokens + GEMM_TOKENS - 1) / GEMM_TOKENS;
     const int64_t stretches = (width + STRETCH - 1) / STRETCH;
     const int64_t stretch = native::rounded_up((width + stretches - 1) / stretches, 2 * LANES);
+    if constexpr (FEW_TOKENS<T> > 0) {
+        if (tokens <= FEW_TOKENS<T> && stretches <= (inputs.lie_prepared() ? WHOLE_STRETCHES : 1)) {
+            multiply_contiguous(sets, rows, width, stretch, inputs, tokens);
+            return;
+        }
+    }
     for (int64_t start = 0; start < width; start += stretch) {
         const int64_t length = width - start < stretch ? width - start : stretch;
         const bool is_last = start + length == width;
@@ -342,7 +289,7 @@ struct Plain {
     void multiply(
         const Slice (&slices)[NUM], int64_t rows, int64_t width, const T* const* tokens,
         int64_t stride, int count, float*) const {
-        Gathered<T> inputs(tokens, stride, width);
+        Gathered<T> inputs(tokens, stride, width, count);
         multiply_slices(slices, rows, width, inputs, count);
     }
 

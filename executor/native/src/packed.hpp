@@ -49,7 +49,9 @@ struct Reordered {
     const float* stretches[GEMM_TOKENS];
     Ordered<T, C, GEMM_TOKENS, LONGEST * sizeof(Number)> ordered;
 
-    Reordered(const T* const* of, int64_t, int64_t) : rows(of) {}
+    Reordered(const T* const* of, int64_t, int64_t, int) : rows(of) {}
+
+    bool lie_prepared() const { return false; }
 
     const char* at(int token, int64_t start) const { return reinterpret_cast<const char*>(rows[token] + start); }
 
@@ -183,7 +185,7 @@ class PackedIn {
         constexpr int64_t APART = native::PANEL_ROW_BYTES / sizeof(Number);
         const int64_t stretch = stretch_of(width, LONGEST);
         const int tiles = (count + GEMM_TOKENS - 1) / GEMM_TOKENS;
-        Inputs inputs(tokens, stride, width);
+        Inputs inputs(tokens, stride, width, count);
         // Each group of rows fetches as much of what comes next as one of them is long.
         const uint8_t *following[NUM] = {}, *end_of[NUM] = {};
         for (int i = 0; i < NUM; ++i) {

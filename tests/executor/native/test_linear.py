@@ -68,7 +68,7 @@ def test_wide_tokens_are_summed_in_stretches(path, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("width", [512, 1000, 1500, 1504, 2048])  # few tokens take rows of the first two in turn
+@pytest.mark.parametrize("width", [512, 1000, 1500, 1504, 2048])  # few tokens take rows in turn
 def test_neither_neighbours_nor_threads_change_a_result(path, dtype, width):
     x, weight = make(dtype, 150, width, 330)
     kernels = native.Kernels(path)
