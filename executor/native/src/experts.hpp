@@ -61,10 +61,11 @@ void gate(
             const T* rows[W::TOKENS];
             for (int i = 0; i < tokens; ++i) rows[i] = x + group.tokens[t + i] * shape.x_stride;
             const Matrix* following = next && t + tokens == group.count ? &next->w13 : nullptr;
+            const int64_t next_tokens = next ? next->count : 0;
             float *const gated = scratch, *const up = scratch + PRODUCTS / 2;
             const Slice both[] = {
-                {group.w13, first, following, next_first, gated},
-                {group.w13, shape.intermediate + first, following, shape.intermediate + next_first, up},
+                {group.w13, first, following, next_first, next_tokens, gated},
+                {group.w13, shape.intermediate + first, following, shape.intermediate + next_first, next_tokens, up},
             };
             weights.multiply(both, columns, shape.hidden, rows, shape.x_stride, tokens, scratch + PRODUCTS);
             for (int i = 0; i < tokens; ++i) {
@@ -100,7 +101,8 @@ void project(
         for (int64_t e = 0; e < num_groups; ++e) {
             const ExpertGroup& group = groups[e];
             const bool is_last_group = e + 1 == num_groups;
-            const Matrix* following = !is_last_group ? &groups[e + 1].w2 : next >= 0 ? &groups[0].w2 : nullptr;
+            const ExpertGroup& coming = groups[is_last_group ? 0 : e + 1];
+            const Matrix* following = !is_last_group || next >= 0 ? &coming.w2 : nullptr;
             for (int64_t t = 0; t < group.count;) {
                 const int tokens = at_once<W>(group.count - t);
                 float* const kept = shape.activations + (group.first_row + t) * shape.activation_stride;
@@ -110,7 +112,7 @@ void project(
                 }
                 const Slice all[] = {{
                     group.w2, first, t + tokens == group.count ? following : nullptr,
-                    is_last_group ? next : first, scratch,
+                    is_last_group ? next : first, coming.count, scratch,
                 }};
                 weights.multiply_kept(
                     all, last - first, shape.intermediate, kept, shape.activation_stride, tokens,

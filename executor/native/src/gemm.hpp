@@ -5,8 +5,7 @@
 // read from memory once, and while there is much to compute, too.
 #pragma once
 
-#include "kernels.hpp"
-#include "simd.hpp"
+#include "in_turn.hpp"
 
 namespace {
 
@@ -111,6 +110,7 @@ void multiply_rows(const Tile<T>& tile, int rows, int tokens, int fetch) {
 template <typename T>
 struct Rows {
     const T *first, *following;
+    int64_t next_tokens;  // that the following are multiplied with
     float* results;  // [token][row], tokens COLUMNS apart
 };
 
@@ -123,9 +123,14 @@ struct Gathered {
     const float* stretches[GEMM_TOKENS];
     alignas(64) float prepared[GEMM_TOKENS * STRETCH];
 
-    Gathered(const T* const* of, int64_t stride, int64_t width)
+    Gathered(const T* const* of, int64_t stride, int64_t width, int count)
         : rows(of),
-          in_place(Dot<T>::IN_PLACE && width % Dot<T>::STEP == 0 && stride * sizeof(T) % SAME_LINES) {}
+          in_place(
+              Dot<T>::IN_PLACE && width % Dot<T>::STEP == 0 &&
+              (stride * sizeof(T) % SAME_LINES || count <= FEW_TOKENS<T>)) {}
+
+    // Whether all of a token is there at once.
+    bool lie_prepared() const { return in_place; }
 
     const char* at(int token, int64_t start) const { return reinterpret_cast<const char*>(rows[token] + start); }
 
@@ -149,6 +154,8 @@ struct Prepared {
     float* first;
     int64_t width;
     const float* stretches[GEMM_TOKENS];
+
+    bool lie_prepared() const { return true; }
 
     const char* at(int token, int64_t start) const {
         return reinterpret_cast<const char*>(Dot<T>::place(first + token * width, start));
@@ -188,6 +195,27 @@ struct TokensAhead {
     }
 };
 
+// The products of at most FEW_TOKENS tokens with rows of at most WHOLE_STRETCHES, which follow one another without a
+// gap. Rows that come next are fetched as they are needed then: all of them now, if more tokens come with them.
+template <typename T, int NUM, typename Tokens>
+void multiply_contiguous(
+    const Rows<T> (&sets)[NUM], int64_t rows, int64_t width, int64_t stretch, Tokens& inputs, int tokens) {
+    const float* const* const whole = inputs.tokens(0, tokens, 0, width);
+    const bool many_next = sets[0].following != nullptr && sets[0].next_tokens > FEW_TOKENS<T>;
+    for (int i = 0; i < NUM; ++i) {
+        const T* const next_set = i + 1 < NUM ? sets[i + 1].first : sets[0].following;
+        for (int64_t row = 0; row < rows;) {
+            const Run<T> run = {
+                sets[i].first + row * width, sets[i].first + rows * width, width, stretch, next_set,
+                many_next ? sets[i].following + row * width : nullptr, whole, sets[i].results + row,
+            };
+            const bool is_whole = row + GEMM_ROWS <= rows;
+            is_whole ? multiply_few<T, GEMM_ROWS>(run, tokens) : multiply_few<T, 1>(run, tokens);
+            row += is_whole ? GEMM_ROWS : 1;
+        }
+    }
+}
+
 // results = rows . tokens for each of NUM sets of `rows` rows and at most BLOCK_TOKENS tokens.
 template <typename T, int NUM, typename Tokens>
 void multiply(
@@ -196,6 +224,12 @@ void multiply(
     const int tiles = (tokens + GEMM_TOKENS - 1) / GEMM_TOKENS;
     const int64_t stretches = (width + STRETCH - 1) / STRETCH;
     const int64_t stretch = native::rounded_up((width + stretches - 1) / stretches, 2 * LANES);
+    if constexpr (FEW_TOKENS<T> > 0) {
+        if (tokens <= FEW_TOKENS<T> && stretches <= (inputs.lie_prepared() ? WHOLE_STRETCHES : 1)) {
+            multiply_contiguous(sets, rows, width, stretch, inputs, tokens);
+            return;
+        }
+    }
     for (int64_t start = 0; start < width; start += stretch) {
         const int64_t length = width - start < stretch ? width - start : stretch;
         const bool is_last = start + length == width;
@@ -233,6 +267,7 @@ struct Slice {
     int64_t first;
     const native::Matrix* next;
     int64_t next_first;
+    int64_t next_tokens;  // that they are multiplied with
     float* results;  // [token][row], tokens COLUMNS apart
 };
 
@@ -254,7 +289,7 @@ struct Plain {
     void multiply(
         const Slice (&slices)[NUM], int64_t rows, int64_t width, const T* const* tokens,
         int64_t stride, int count, float*) const {
-        Gathered<T> inputs(tokens, stride, width);
+        Gathered<T> inputs(tokens, stride, width, count);
         multiply_slices(slices, rows, width, inputs, count);
     }
 
@@ -277,7 +312,7 @@ struct Plain {
                 return static_cast<const T*>(matrix.numbers) + row * width;
             };
             const T* following = slice.next ? at(*slice.next, slice.next_first) : nullptr;
-            sets[i] = {at(slice.matrix, slice.first), following, slice.results};
+            sets[i] = {at(slice.matrix, slice.first), following, slice.next_tokens, slice.results};
         }
         ::multiply(sets, rows, width, inputs, count);
     }

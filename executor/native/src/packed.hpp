@@ -49,7 +49,9 @@ struct Reordered {
     const float* stretches[GEMM_TOKENS];
     Ordered<T, C, GEMM_TOKENS, LONGEST * sizeof(Number)> ordered;
 
-    Reordered(const T* const* of, int64_t, int64_t) : rows(of) {}
+    Reordered(const T* const* of, int64_t, int64_t, int) : rows(of) {}
+
+    bool lie_prepared() const { return false; }
 
     const char* at(int token, int64_t start) const { return reinterpret_cast<const char*>(rows[token] + start); }
 
@@ -183,7 +185,7 @@ class PackedIn {
         constexpr int64_t APART = native::PANEL_ROW_BYTES / sizeof(Number);
         const int64_t stretch = stretch_of(width, LONGEST);
         const int tiles = (count + GEMM_TOKENS - 1) / GEMM_TOKENS;
-        Inputs inputs(tokens, stride, width);
+        Inputs inputs(tokens, stride, width, count);
         // Each group of rows fetches as much of what comes next as one of them is long.
         const uint8_t *following[NUM] = {}, *end_of[NUM] = {};
         for (int i = 0; i < NUM; ++i) {
@@ -281,7 +283,7 @@ void linear(const native::Linear& shape, int64_t first, int64_t last, int64_t ne
             for (int i = 0; i < tokens; ++i) rows[i] = x + (t + i) * shape.x_stride;
             const bool is_last = t + tokens == shape.tokens && next >= 0;
             float* const products = scratch;
-            const Slice all[] = {{shape.w, first, is_last ? &shape.w : nullptr, next, products}};
+            const Slice all[] = {{shape.w, first, is_last ? &shape.w : nullptr, next, shape.tokens, products}};
             weights.multiply(all, last - first, shape.width, rows, shape.x_stride, tokens, scratch + PRODUCTS);
             for (int i = 0; i < tokens; ++i) {
                 T* row = out + (t + i) * shape.out_stride + first;

@@ -12,6 +12,7 @@ constexpr int VALUE_SUMS = 16; // vectors of weighted values that are summed tog
 constexpr int LANES = 16;
 constexpr int GEMM_ROWS = 4;   // rows of a weight matrix that are multiplied together
 constexpr int GEMM_TOKENS = 6; // by so many tokens at most
+constexpr int GEMM_IN_TURN = 6; // tokens at most, with which rows are multiplied one after the other
 constexpr int CODE_ROWS = 4;   // rows of packed codes that are multiplied together
 constexpr int CODE_TOKENS = 4; // by so many tokens at most
 

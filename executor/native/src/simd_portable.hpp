@@ -14,6 +14,7 @@ constexpr int VALUE_SUMS = 8;  // vectors of weighted values that are summed tog
 constexpr int LANES = 4;
 constexpr int GEMM_ROWS = 2;   // rows of a weight matrix that are multiplied together
 constexpr int GEMM_TOKENS = 4; // by so many tokens at most
+constexpr int GEMM_IN_TURN = 0; // tokens: rows are multiplied together however few there are
 constexpr int CODE_ROWS = 1;   // rows of packed codes that are multiplied together
 constexpr int CODE_TOKENS = 4; // by so many tokens at most
 
