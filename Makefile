@@ -3,7 +3,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-JOBS ?= 2
+# One more than two cores, as some tests wait for what others do.
+JOBS ?= 3
 
 BIN := $(VENV)/bin
 # Compiling all modules takes pip three quarters of its time; Python compiles those that are imported, when they are.
@@ -29,7 +30,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help demo formats test test-all predictions fuzz lint rules format bench bench-peers notebooks clean distclean
 
 help:  ## show this list
-	@echo "make TARGET [PYTHON=python3.12] [JOBS=2]"
+	@echo "make TARGET [PYTHON=python3.12] [JOBS=3]"
 	@sed -n 's/^\([a-z-]*\):.*##/  \1\t/p' $(MAKEFILE_LIST)
 	@echo "CPU build of torch: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo"
 

@@ -52,12 +52,12 @@ def test_no_policy_that_fits_is_cut_off_or_beats_a_ceiling_on_the_way_to_it(grou
         rng = Random(seed)
         case = random_case(rng)
         space = Space(case.spec, case.profile, case.workload, dtype=case.dtype)
-        for part, policies in by_parts(space, random_policies(rng, case, None, count=4)):
+        for part, policies in by_parts(space, random_policies(rng, case, None, count=2)):
             for policy, ceiling in zip(policies, lowest_ceilings(part, policies), strict=True):
                 rate = closed_form_rate(part, policy)
                 assert rate <= ceiling * (1 + 1e-9), f"seed {seed}: {case}: {policy}"
                 found += 1
-    assert found > A_GROUP  # not all of the machines drawn hold two layers of the models drawn
+    assert found > A_GROUP // 2  # not all of the machines drawn hold two layers of the models drawn
 
 
 @pytest.mark.slow
