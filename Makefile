@@ -3,8 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# One more than two cores, as some tests wait for what others do.
-JOBS ?= 3
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 # Compiling all modules takes pip three quarters of its time; Python compiles those that are imported, when they are.
@@ -30,7 +29,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help demo formats test test-all predictions fuzz lint rules format bench bench-peers notebooks clean distclean
 
 help:  ## show this list
-	@echo "make TARGET [PYTHON=python3.12] [JOBS=3]"
+	@echo "make TARGET [PYTHON=python3.12] [JOBS=2]"
 	@sed -n 's/^\([a-z-]*\):.*##/  \1\t/p' $(MAKEFILE_LIST)
 	@echo "CPU build of torch: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo"
 

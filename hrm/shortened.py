@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from hrm.costs import LayerMix, TaskWork
 
-_MOST_PERIODS: Final = 8  # layers that may lie between two of a kind
+_LONGEST_PERIOD: Final = 8
 LEAST_LAYERS: Final = 4  # that are simulated, in two turns at least, however many tasks each has
 _NOTHING: Final = 1e-9
 
@@ -32,7 +32,7 @@ class _Pattern(NamedTuple):
         If most layers are none, they are taken to be all alike.
         """
         found = [_Pattern(0, 1, len(order), 0)]
-        for period in range(1, min(_MOST_PERIODS, len(order)) + 1):
+        for period in range(1, min(_LONGEST_PERIOD, len(order)) + 1):
             head = max((i + 1 for i in range(len(order) - period) if order[i] != order[i + period]), default=0)
             repeats, rest = divmod(len(order) - head, period)
             if 2 * (head + period + rest) <= len(order):
@@ -49,11 +49,8 @@ class _Pattern(NamedTuple):
 
         def stand_in(repeat: int, place: int) -> _StandIn:
             """The layers in one place of a period, over a span of repeats that need not be whole."""
-            first, last, layers = (
-                repeat * span,
-                (repeat + 1) * span,
-                range(self.head + place, first_of_rest, self.period),
-            )
+            first, last = repeat * span, (repeat + 1) * span
+            layers = range(self.head + place, first_of_rest, self.period)
             whole = range(int(first), ceil(last - _NOTHING))
             return tuple((layers[i], (min(i + 1, last) - max(i, first)) / span) for i in whole)
 

@@ -48,6 +48,7 @@ def rate(profile, workload=WORKLOAD) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("coarse_searches")
 def test_what_if_is_a_search_on_every_scaled_machine():
     profile, calls = small(), []
     frame = what_if(Space(SPEC, profile, WORKLOAD), factor=1.5, on_point=lambda: calls.append(1))

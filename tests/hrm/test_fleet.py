@@ -13,7 +13,7 @@ from hrm.units import MB
 from hrm.workload import Workload
 from tests.hrm.support import machine, tiny_spec
 
-pytestmark = pytest.mark.usefixtures("rough_bounds", "searches_kept")
+pytestmark = pytest.mark.usefixtures("coarse_searches", "searches_kept")
 
 SPEC = tiny_spec(num_layers=4, hidden_size=256, intermediate_size=512)
 WORKLOAD = Workload(name="test", prompt_len=40, max_prompt_len=100, gen_len=9)

@@ -18,7 +18,7 @@ from hrm.units import MB, UnitError
 from hrm.workload import Workload
 from tests.hrm.support import machine, tiny_spec
 
-pytestmark = pytest.mark.usefixtures("rough_bounds")
+pytestmark = pytest.mark.usefixtures("coarse_searches")
 
 SPEC = tiny_spec()
 WORKLOAD = Workload(name="test", prompt_len=32, max_prompt_len=96, gen_len=8, num_requests=40)
