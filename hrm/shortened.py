@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from hrm.costs import LayerMix, TaskWork
 
-_LONGEST_PERIOD: Final = 8
+_LONGEST_PERIOD: Final = 8  # of layers whose kinds take turns
 LEAST_LAYERS: Final = 4  # that are simulated, in two turns at least, however many tasks each has
 _NOTHING: Final = 1e-9
 
@@ -31,13 +31,14 @@ class _Pattern(NamedTuple):
 
         If most layers are none, they are taken to be all alike.
         """
-        found = [_Pattern(0, 1, len(order), 0)]
+        found: list[_Pattern] = []
         for period in range(1, min(_LONGEST_PERIOD, len(order)) + 1):
             head = max((i + 1 for i in range(len(order) - period) if order[i] != order[i + period]), default=0)
             repeats, rest = divmod(len(order) - head, period)
             if 2 * (head + period + rest) <= len(order):
                 found.append(_Pattern(head, period, repeats, rest))
-        return min(found[1:], key=lambda pattern: len(order) - pattern.period * (pattern.repeats - 1), default=found[0])
+        alike = _Pattern(0, 1, len(order), 0)
+        return min(found, key=lambda pattern: len(order) - pattern.period * (pattern.repeats - 1), default=alike)
 
     def least_repeats(self) -> int:
         """How many repeats stand for all of them at least."""

@@ -75,7 +75,6 @@ def test_a_fleet_is_written_as_machines_of_gpus():
     assert choice.prices == {"4xT4": 2.5, "1xL4": 0.7}
 
 
-@pytest.mark.usefixtures("coarse_searches")
 def test_the_command_tells_the_whole_and_the_shares(hrm, hrm_json):
     args = ["search", "--model", "mixtral-8x7b", "--fleet", "3x(1xT4),(2xL4)", "--prices", "1xT4=0.5,2xL4=2"]
     told = hrm_json(*args)

@@ -343,7 +343,7 @@ def test_search_never_returns_a_policy_that_does_not_fit(first, schedule):
             assert estimate.policy.schedule is schedule
             assert estimate.tokens_per_s <= result.best.tokens_per_s * (1 + TIE), (seed, estimate.policy)
         found += 1
-    assert found > 1
+    assert found > 2
 
 
 @pytest.mark.usefixtures("rough_bounds")

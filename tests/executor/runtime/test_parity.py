@@ -1,5 +1,6 @@
 """Greedy tokens equal those of transformers, whatever the policy and the schedule."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -113,6 +114,17 @@ def facts_of_case(case: tuple[Any, ...]) -> set[object]:
     """Of a policy and what it is run with: each value, and any two of what comes after schedule and model."""
     name, schedule, model, *others = case
     return {*values_of(name), schedule, model, *pairs((str(place), value) for place, value in enumerate(others))}
+
+
+def in_turn(
+    shared: Callable[[int, str], object], names: Sequence[str] = tuple(POLICIES), models: Sequence[str] = MODELS
+) -> list[tuple[Any, ...]]:
+    """Policies with schedules, models, what each is shared out over and accelerators, which take turns."""
+    return [
+        (name, SCHEDULES[index % len(SCHEDULES)], model, shared(index, model), ("cpu", "emulated")[index % 4 == 3])
+        for index, name in enumerate(names)
+        for model in [models[index % len(models)]]
+    ]
 
 
 # Every policy meets every schedule and every model, and every schedule every model: what goes wrong is of two of them.

@@ -24,6 +24,7 @@ from tests.executor.runtime.test_parity import (
     SCHEDULES,
     expected,
     facts_of_case,
+    in_turn,
     policy_of,
 )
 from tests.executor.tiny_models import DBRX, MODELS
@@ -33,29 +34,13 @@ def tokens(made: Generator, _: Group, prompts: list[list[int]] = PROMPTS) -> dic
     return {name: done.tokens for name, done in generate(made, requests(prompts, max_tokens=MAX_TOKENS)).items()}
 
 
-# Policies, schedules, models, numbers of ranks and accelerators take turns.
-CASES = [
-    (
-        name,
-        SCHEDULES[index % len(SCHEDULES)],
-        MODELS[index % len(MODELS)],
-        (2, 4)[index % 6 == 2],
-        ("cpu", "emulated")[index % 4 == 3],
-    )
-    for index, name in enumerate(POLICIES)
-]
+CASES = in_turn(lambda index, _: (2, 4)[index % 6 == 2])
 UNDIVIDED = "tied"  # none divides its 5 experts
-OF_WHOLE_EXPERTS = [
-    (
-        name,
-        SCHEDULES[index % len(SCHEDULES)],
-        model,
-        2 if model == DBRX else (4, 2)[index % 3 == 2],
-        ("cpu", "emulated")[index % 4 == 3],
-    )
-    for index, name in enumerate(list(POLICIES)[::2])
-    for model in [[model for model in MODELS if model != UNDIVIDED][index % (len(MODELS) - 1)]]
-]
+OF_WHOLE_EXPERTS = in_turn(
+    lambda index, model: 2 if model == DBRX else (4, 2)[index % 3 == 2],
+    list(POLICIES)[::2],
+    [model for model in MODELS if model != UNDIVIDED],
+)
 
 
 @pytest.mark.parametrize(

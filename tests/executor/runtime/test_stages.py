@@ -10,29 +10,19 @@ from tests.executor.runtime.test_parity import (
     MAX_TOKENS,
     POLICIES,
     PROMPTS,
-    SCHEDULES,
     expected,
     facts_of_case,
+    in_turn,
     policy_of,
 )
-from tests.executor.tiny_models import MODELS, save_tiny
+from tests.executor.tiny_models import save_tiny
 
 
 def tokens(made: Generator) -> dict[str, tuple[int, ...]]:
     return {name: done.tokens for name, done in generate(made, requests(PROMPTS, max_tokens=MAX_TOKENS)).items()}
 
 
-# Models have three layers.
-CASES = [
-    (
-        name,
-        SCHEDULES[index % len(SCHEDULES)],
-        MODELS[index % len(MODELS)],
-        ((1, 2), (2, 1), (1, 1, 1))[index % 3],
-        ("cpu", "emulated")[index % 4 == 3],
-    )
-    for index, name in enumerate(POLICIES)
-]
+CASES = in_turn(lambda index, _: ((1, 2), (2, 1), (1, 1, 1))[index % 3])  # of the models' three layers
 
 
 @pytest.mark.parametrize(
