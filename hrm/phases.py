@@ -12,14 +12,15 @@ from hrm.costs import ALONE, Costs, Stretch, TaskWork
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import Pipeline, decode_pipeline, iter_positions, iter_tasks, prefill_pipeline
-from hrm.shortened import LEAST_LAYERS, shortened
+from hrm.shortened import shortened
 from hrm.simulate import Order, end_times, in_order, simulate
 from hrm.tasks import Phase
 from hrm.trace import Trace
 from hrm.workload import Workload
 
-MAX_TASKS: Final = 3000  # of longer graphs fewer layers are simulated
-_OF_UNLIKE: Final = 4  # times as many where residents differ from layer to layer: what is left out is unlike the rest
+MAX_TASKS: Final = 1500  # of longer graphs fewer layers are simulated
+_OF_UNLIKE: Final = 8  # times as many where residents differ from layer to layer: what is left out is unlike the rest
+_MAX_TASKS_A_LAYER: Final = 750  # of prefill: of more, each chunk that is simulated stands for several
 MIN_CHUNKS: Final = 64  # that are simulated, however many tasks each has
 MAX_MICRO_BATCHES: Final = 512  # that are simulated; of more, each stands for several
 _TASKS_A_MICRO_BATCH: Final = 8  # of a decode step, in each layer
@@ -124,29 +125,27 @@ def steps_seconds(
         for position, step in order.samples:
             ends[step] = max(ends[step], end_s[position])
         # The last step loads no weights for another, so the step before it is the steady one.
-        return ends[-2] - ends[-3]
+        return ends[-2] - ends[-3] + short.left_out_s(order, end_s, STEADY_STEPS - 2)
 
     first = next(iter(stretches), 0.0)
     work = decode_work(costs, policy, first, num_steps=STEADY_STEPS, tokens=tokens, shape=shape, stretch=ALONE)
     tasks_a_layer = _TASKS_A_MICRO_BATCH * STEADY_STEPS * max(shape.num_micro_batches, work.pipeline.num_pages)
     tasks_a_layer += STEADY_STEPS * shape.num_micro_batches * _tasks_of_parts(work.pipeline.parts)
-    forms = shortened(work, _most_tasks(costs.spec, policy) // 2 // tasks_a_layer)
-    return [
-        sum(factor * seconds(replace(form, context=context, stretch=stretch)) for factor, form in forms)
-        for context, stretch in stretches.items()
-    ]
+    short = shortened(work, _most_tasks(costs.spec, policy) // 2 // tasks_a_layer)
+    return [seconds(replace(short.work, context=context, stretch=stretch)) for context, stretch in stretches.items()]
 
 
 def prefill_seconds(costs: Costs, policy: Policy, workload: Workload, *, stretch: Stretch | None = None) -> float:
     """Simulated seconds of one batch's prefill; of very many chunks, each stands for several."""
     shape, _, pages_in_one = _simulated_shape(policy)
     tasks_a_chunk = _TASKS_A_CHUNK + _tasks_of_parts(policy.parts(costs.spec, Phase.PREFILL))
-    affordable = max(MIN_CHUNKS, MAX_TASKS // (LEAST_LAYERS * tasks_a_chunk))
+    affordable = max(MIN_CHUNKS, _MAX_TASKS_A_LAYER // tasks_a_chunk)
     work = prefill_work(costs, policy, workload, shape=shape, max_chunks=affordable, stretch=stretch)
     in_one = float(workload.chunks(policy.batch_size, policy.prefill_chunk_tokens)) / work.pipeline.num_micro_batches
     tasks_a_layer = tasks_a_chunk * work.pipeline.num_micro_batches
-    forms = shortened(work, _most_tasks(costs.spec, policy) // tasks_a_layer)
-    return sum(factor * max(_walked(form, in_one, pages_in_one)[1]) for factor, form in forms)
+    short = shortened(work, _most_tasks(costs.spec, policy) // tasks_a_layer)
+    order, end_s = _walked(short.work, in_one, pages_in_one)
+    return max(end_s) + short.left_out_s(order, end_s, 0)
 
 
 def _most_tasks(spec: ModelSpec, policy: Policy) -> int:

@@ -1,6 +1,6 @@
 """Walk a task graph in virtual time: each lane takes its tasks in order, as the executor does."""
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hrm.tasks import Lane, Task, TaskId
@@ -31,7 +31,8 @@ class Order:
     """A graph by positions, to be walked many times with other durations.
 
     Task i runs in lane `lanes[i]`, after the tasks of other lanes at `waits[i]`, for as long as the task
-    `distinct[alike[i]]`. `samples` are the positions of tasks that end a step, with their step.
+    `distinct[alike[i]]`. `samples` are the positions of tasks that end a step, with their step; `layer_ends`
+    are those of the last tasks that depend on a layer's FFN, by step and layer.
     """
 
     lanes: Sequence[int]
@@ -39,6 +40,7 @@ class Order:
     alike: Sequence[int]
     distinct: Sequence[TaskId]
     samples: Sequence[tuple[int, int]]
+    layer_ends: Mapping[tuple[int, int], int]
 
 
 def in_order(
@@ -59,6 +61,7 @@ def in_order(
     first_of: dict[Hashable, int] = {}
     distinct: list[TaskId] = []
     samples: list[tuple[int, int]] = []
+    layer_ends: dict[tuple[int, int], int] = {}
     left = steps * micro_batches or -1
     for position, (task_id, waits_for) in enumerate(tasks):
         act = task_id.act
@@ -68,12 +71,14 @@ def in_order(
         if number == len(distinct):
             distinct.append(task_id)
         classes.append(number)
+        if act.by_ffn:
+            layer_ends[task_id.step, task_id.layer] = position
         if act.ends_step:
             samples.append((position, task_id.step))
             left -= task_id.step < steps
             if not left:
                 break
-    return Order(lanes, waits, classes, distinct, samples)
+    return Order(lanes, waits, classes, distinct, samples, layer_ends)
 
 
 def end_times(order: Order, seconds: Sequence[float], hand_over_s: float = 0.0) -> list[float]:
