@@ -1,14 +1,13 @@
 """Long graphs over some of their layers, from whose time that of all of them follows."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 from typing import Final
 
 from hrm.costs import TaskWork
-from hrm.simulate import Order
 
 _LEAST_LAYERS: Final = 4  # that are simulated, however many tasks each has
 _GAPS: Final = 2  # between those that are, where residents are not even; else one
@@ -28,10 +27,9 @@ class Shortened:
     work: TaskWork
     stands_for: tuple[float, ...] = ()
 
-    def left_out_s(self, order: Order, end_s: Sequence[float], step: int) -> float:
-        """How much longer that step of the whole work takes, given when each task of this one ends."""
-        ends = [end_s[order.layer_ends[step, layer]] for layer in range(len(self.stands_for))]
-        return sum(count * (ends[i] - ends[i - 1]) for i, count in enumerate(self.stands_for) if count)
+    def left_out_s(self, took_s: Callable[[int], float]) -> float:
+        """How long those that are left out take, given how long each layer of the work took."""
+        return sum(count * took_s(layer) for layer, count in enumerate(self.stands_for) if count)
 
 
 def shortened(work: TaskWork, most_layers: int) -> Shortened:
