@@ -18,8 +18,8 @@ from hrm.tasks import Phase
 from hrm.trace import Trace
 from hrm.workload import Workload
 
-MAX_TASKS: Final = 1500  # of longer graphs fewer layers are simulated
-_OF_UNLIKE: Final = 8  # times as many where residents differ from layer to layer: what is left out is unlike the rest
+MAX_TASKS: Final = 700  # of longer graphs fewer layers are simulated
+_OF_UNLIKE: Final = 12  # times as many where residents differ from layer to layer: what is left out is unlike the rest
 _OF_DECODE: Final = 6  # times fewer are enough of a decode step, whose layers follow one another without an end
 _MAX_TASKS_A_LAYER: Final = 750  # of prefill: of more, each chunk that is simulated stands for several
 MIN_CHUNKS: Final = 64  # that are simulated, however many tasks each has
@@ -28,6 +28,7 @@ _TASKS_A_MICRO_BATCH: Final = 8  # of a decode step, in each layer
 _TASKS_A_CHUNK: Final = 6  # of prefill, in each layer
 _STEPS: Final = 3  # of which the one that is timed, between the same layer of two, has others before and after it
 _WARM_LAYER: Final = 2  # at whose end the first step is like all others
+_SHORT: Final = 4000  # tasks about of a graph whose order is kept
 _ACT_AND_LAYER: Final = itemgetter(0, 1)  # of a task: those that share both take equally long
 # By layers and stretch of a work: seconds of its distinct tasks, by their number, which hold in any context.
 _Known = dict[tuple[int, Stretch], dict[int, float]]
@@ -218,9 +219,11 @@ def _walked(work: TaskWork, in_one: float, pages_in_one: float, known: _Known | 
 
 def _order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
     """The order of a pipeline's tasks, which other contexts, costs, machines and searches ask for again."""
-    tasks_a_layer = _TASKS_A_MICRO_BATCH * pipeline.num_steps * max(pipeline.num_micro_batches, pipeline.num_pages)
-    tasks_a_layer += pipeline.num_steps * pipeline.num_micro_batches * _tasks_of_parts(pipeline.parts)
-    is_short = pipeline.num_layers * tasks_a_layer <= 2 * MAX_TASKS
+    if not any(pipeline.streamed):
+        pipeline = replace(pipeline, num_pages=1, dense_pages=0)
+    tasks_a_layer = _TASKS_A_MICRO_BATCH * max(pipeline.num_micro_batches, pipeline.num_pages)
+    tasks_a_layer += pipeline.num_micro_batches * _tasks_of_parts(pipeline.parts)
+    is_short = pipeline.num_layers * tasks_a_layer <= _SHORT
     return _short_order(pipeline, schedule) if is_short else _long_order(pipeline, schedule)
 
 
