@@ -21,8 +21,7 @@ from hrm.search.scores import score_of, scores
 from hrm.search.space import Kind, KvPlace, Space
 from hrm.tasks import Device
 
-ROUNDS: Final = 4
-_FEW_ROUNDS: Final = 2  # where all layers have as many residents: then the closed form has led nearly there
+ROUNDS: Final = 8
 # Factors by which numbers of micro-batches (of as many requests), their sizes and chunks are changed.
 _NUMBERS: Final = (0.5, 0.75, 1.25, 1.5, 2.0)
 _SIZES: Final = (0.9, 0.95, 0.98, 1.02, 1.05, 1.1)
@@ -40,10 +39,8 @@ def polished(space: Space, simulated: tuple[Estimate, ...], greatest_tokens_per_
     a policy that is called optimal may lie below the closed form, than what it does.
     """
     known = {predicted.policy: predicted for predicted in simulated}
-    for number in range(ROUNDS):
+    for _ in range(ROUNDS if known else 0):
         found = ranked(list(known.values()))
-        if not found or (number >= _FEW_ROUNDS and _is_even(space, found[0].policy)):
-            return found
         first = best = found[0].tokens_per_s
         # The greatest closed form is of residents in all layers alike.
         waits = best < greatest_tokens_per_s * (1 - OPTIMAL_GAP) or not _is_even(space, found[0].policy)
