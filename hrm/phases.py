@@ -9,7 +9,6 @@ from typing import Final, NamedTuple
 
 from hrm.closed_form import DecodeStep, Point, whole_prefill
 from hrm.costs import ALONE, Costs, Stretch, TaskWork
-from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import Pipeline, decode_pipeline, iter_positions, iter_tasks, prefill_pipeline
 from hrm.shortened import shortened
@@ -19,7 +18,6 @@ from hrm.trace import Trace
 from hrm.workload import Workload
 
 MAX_TASKS: Final = 700  # of longer graphs fewer layers are simulated
-_OF_UNLIKE: Final = 12  # times as many where residents differ from layer to layer: what is left out is unlike the rest
 _OF_DECODE: Final = 6  # times fewer are enough of a decode step, whose layers follow one another without an end
 _MAX_TASKS_A_LAYER: Final = 750  # of prefill: of more, each chunk that is simulated stands for several
 MIN_CHUNKS: Final = 64  # that are simulated, however many tasks each has
@@ -132,7 +130,7 @@ def steps_seconds(
     work = decode_work(costs, policy, first, num_steps=_STEPS, tokens=tokens, shape=shape, stretch=ALONE)
     tasks_a_layer = _TASKS_A_MICRO_BATCH * max(shape.num_micro_batches, work.pipeline.num_pages)
     tasks_a_layer += shape.num_micro_batches * _tasks_of_parts(work.pipeline.parts)
-    short = shortened(work, _most_tasks(costs.spec, policy) // _OF_DECODE // tasks_a_layer)
+    short = shortened(work, MAX_TASKS / _OF_DECODE / tasks_a_layer)
     return [seconds(replace(short.work, context=context, stretch=stretch)) for context, stretch in stretches.items()]
 
 
@@ -144,15 +142,9 @@ def prefill_seconds(costs: Costs, policy: Policy, workload: Workload, *, stretch
     work = prefill_work(costs, policy, workload, shape=shape, max_chunks=affordable, stretch=stretch)
     in_one = float(workload.chunks(policy.batch_size, policy.prefill_chunk_tokens)) / work.pipeline.num_micro_batches
     tasks_a_layer = tasks_a_chunk * work.pipeline.num_micro_batches
-    short = shortened(work, _most_tasks(costs.spec, policy) // tasks_a_layer)
+    short = shortened(work, MAX_TASKS / tasks_a_layer)
     walk = _walked(short.work, in_one, pages_in_one)
     return max(walk.end_s) + short.left_out_s(walk.layer_s)
-
-
-def _most_tasks(spec: ModelSpec, policy: Policy) -> int:
-    """About how many tasks of a graph are simulated."""
-    residents = [count for count, layer in zip(policy.resident_experts, spec.layers, strict=True) if layer.has_experts]
-    return MAX_TASKS if max(residents) - min(residents) <= 1 else _OF_UNLIKE * MAX_TASKS
 
 
 def _tasks_of_parts(parts: Sequence[int]) -> int:

@@ -10,6 +10,7 @@ from typing import Final
 from hrm.costs import TaskWork
 
 _LEAST_LAYERS: Final = 4  # that are simulated, however many tasks each has
+_OF_UNLIKE: Final = 12  # times as many as were asked for, where residents are not even
 _GAPS: Final = 2  # between those that are, where residents are not even; else one
 _SEAM: Final = 4  # layers that should come after a gap as they would have come without it
 _LONGEST_TURN: Final = 8  # of layers whose kinds take turns
@@ -32,7 +33,7 @@ class Shortened:
         return sum(count * took_s(layer) for layer, count in enumerate(self.stands_for) if count)
 
 
-def shortened(work: TaskWork, most_layers: int) -> Shortened:
+def shortened(work: TaskWork, most_layers: float) -> Shortened:
     """The work over about so many of its layers, or over more where those would not show all that there are.
 
     Lanes wait for one another over a few layers only. So a layer that is left out takes as long as those like it that
@@ -42,9 +43,10 @@ def shortened(work: TaskWork, most_layers: int) -> Shortened:
     counts = [count for count, layer in zip(residents, spec.layers, strict=True) if layer.has_experts]
     is_even = max(counts) - min(counts) <= 1
     forms = tuple((kind, 0 if is_even else int(count)) for kind, count in zip(spec.order, residents, strict=True))
-    if most_layers >= len(forms):
+    most = int(most_layers if is_even else _OF_UNLIKE * most_layers)
+    kept, stands_for = _chosen(forms, most, gaps=1 if is_even else _GAPS)
+    if len(kept) == len(forms):
         return Shortened(work)
-    kept, stands_for = _chosen(forms, most_layers, gaps=1 if is_even else _GAPS)
     alike = [[i for i, form in enumerate(forms) if form == forms[layer]] if is_even else [layer] for layer in kept]
     return Shortened(_cut(work, kept, alike), stands_for)
 
@@ -59,7 +61,7 @@ def _chosen(forms: tuple[_Form, ...], most: int, *, gaps: int) -> tuple[list[int
         seen = _in_turn([forms[layer] for layer in kept])[1:-1]
         if several <= {layers[0] for layers in seen} and common <= set(seen):
             return kept, _stands_for(forms, kept)
-    return list(range(len(forms))), (0.0,) * len(forms)
+    return list(range(len(forms))), ()
 
 
 def _kept(forms: Sequence[_Form], most: int, *, gaps: int) -> list[int]:
