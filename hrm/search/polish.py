@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Final
 
 import numpy as np
@@ -45,7 +46,8 @@ def polished(space: Space, simulated: tuple[Estimate, ...], greatest_tokens_per_
         # The greatest closed form is of residents in all layers alike.
         waits = best < greatest_tokens_per_s * (1 - OPTIMAL_GAP) or not _is_even(space, found[0].policy)
         enough = max(best if waits else greatest_tokens_per_s, space.known_tokens_per_s) * (1 + TIE)
-        for policy in (*_in_layers(space, found), *_near(space, found[0].policy, enough)):
+        near = chain.from_iterable(_near(space, centre, enough) for centre in _best_by_cache(found))
+        for policy in (*_in_layers(space, found), *near):
             if policy in known:
                 continue
             predicted = space.allowed_above(best * (1 - TIE), policy)
@@ -55,6 +57,12 @@ def polished(space: Space, simulated: tuple[Estimate, ...], greatest_tokens_per_
         if best <= first * (1 + TIE):
             break
     return ranked(list(known.values()))
+
+
+def _best_by_cache(found: Sequence[Estimate]) -> list[Policy]:
+    """The best policies with all of the cache on the GPU, some of it, and none: waits may cost these unlike much."""
+    best = {Kind.of_policy(one.policy).kv: one.policy for one in reversed(found)}
+    return list(best.values())
 
 
 def _in_layers(space: Space, found: Sequence[Estimate]) -> list[Policy]:
