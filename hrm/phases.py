@@ -19,8 +19,9 @@ from hrm.workload import Workload
 
 MAX_TASKS: Final = 700  # of longer graphs fewer layers are simulated
 _OF_DECODE: Final = 6  # times fewer are enough of a decode step, whose layers follow one another without an end
-_MAX_TASKS_A_LAYER: Final = 750  # of prefill: of more, each chunk that is simulated stands for several
-MIN_CHUNKS: Final = 64  # that are simulated, however many tasks each has
+MAX_CHUNKS: Final = 125  # that are simulated, and fewer if they have more tasks in a layer; of more, each stands for several
+_MAX_TASKS_A_LAYER: Final = 2000
+_MIN_CHUNKS: Final = 16
 MAX_MICRO_BATCHES: Final = 512  # that are simulated; of more, each stands for several
 _TASKS_A_MICRO_BATCH: Final = 8  # of a decode step, in each layer
 _TASKS_A_CHUNK: Final = 6  # of prefill, in each layer
@@ -138,7 +139,7 @@ def prefill_seconds(costs: Costs, policy: Policy, workload: Workload, *, stretch
     """Simulated seconds of one batch's prefill; of very many chunks, each stands for several."""
     shape, _, pages_in_one = _simulated_shape(policy)
     tasks_a_chunk = _TASKS_A_CHUNK + _tasks_of_parts(policy.parts(costs.spec, Phase.PREFILL))
-    affordable = max(MIN_CHUNKS, _MAX_TASKS_A_LAYER // tasks_a_chunk)
+    affordable = min(MAX_CHUNKS, max(_MIN_CHUNKS, _MAX_TASKS_A_LAYER // tasks_a_chunk))
     work = prefill_work(costs, policy, workload, shape=shape, max_chunks=affordable, stretch=stretch)
     in_one = float(workload.chunks(policy.batch_size, policy.prefill_chunk_tokens)) / work.pipeline.num_micro_batches
     tasks_a_layer = tasks_a_chunk * work.pipeline.num_micro_batches

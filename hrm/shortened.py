@@ -1,6 +1,6 @@
 """Long graphs over some of their layers, from whose time that of all of them follows."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,6 +15,7 @@ _GAPS: Final = 2  # between those that are, where residents are not even; else o
 _SEAM: Final = 4  # layers that should come after a gap as they would have come without it
 _LONGEST_TURN: Final = 8  # of layers whose kinds take turns
 _COMMON: Final = 1 / 8  # of all layers: so many that come one after the other in a way are to be seen
+_SOME_MORE: Final = 3  # layers more at most, before more places are looked at
 _NOTHING: Final = 1e-9
 
 _Form = tuple[int, int]  # what tells layers apart: their kind, and their residents unless those are even
@@ -54,14 +55,41 @@ def shortened(work: TaskWork, most_layers: float) -> Shortened:
 @lru_cache
 def _chosen(forms: tuple[_Form, ...], most: int, *, gaps: int) -> tuple[list[int], tuple[float, ...]]:
     """The layers that are simulated, and for how many others each of them stands."""
-    several = {form for form, count in Counter(forms).items() if count > 1}
-    common = {layers for layers, count in Counter(_in_turn(forms)).items() if count >= len(forms) * _COMMON}
-    for least in range(max(most, _LEAST_LAYERS), len(forms)):
-        kept = _kept(forms, least, gaps=gaps)
-        seen = _in_turn([forms[layer] for layer in kept])[1:-1]
-        if several <= {layers[0] for layers in seen} and common <= set(seen):
-            return kept, _stands_for(forms, kept)
-    return list(range(len(forms))), ()
+    if most >= len(forms):
+        return list(range(len(forms))), ()
+    in_turn = _in_turn(forms)
+    to_be_seen = _to_be_seen(in_turn)
+    most = max(most, _LEAST_LAYERS)
+    for more in range(_SOME_MORE):
+        kept = _kept(forms, min(most + more, len(forms)), gaps=gaps)
+        if to_be_seen <= _seen(forms, kept):
+            break
+    else:
+        for layers in sorted(to_be_seen, key=in_turn.index):
+            if layers not in _seen(forms, kept):
+                places = [layer for layer, each in enumerate(in_turn) if each == layers]
+                kept = sorted({*kept, *_around(places[len(places) // 2], len(forms))})
+    return kept, _stands_for(forms, kept)
+
+
+def _seen(forms: Sequence[_Form], kept: Sequence[int]) -> set[_InTurn]:
+    """How those layers come one after the other whose times are asked for."""
+    return set(_in_turn([forms[layer] for layer in kept])[1:-1])
+
+
+def _to_be_seen(in_turn: Sequence[_InTurn]) -> set[_InTurn]:
+    """How layers come one after the other, if that is common, or most common of one of which there are several."""
+    counts = Counter(in_turn)
+    of_form: dict[_Form, Counter[_InTurn]] = defaultdict(Counter)
+    for layers, count in counts.items():
+        of_form[layers[0]][layers] = count
+    several = {each.most_common(1)[0][0] for each in of_form.values() if each.total() > 1}
+    return several | {layers for layers, count in counts.items() if count >= len(in_turn) * _COMMON}
+
+
+def _around(layer: int, num_layers: int) -> range:
+    """A layer with those that tell how it comes among others."""
+    return range(max(layer - 2, 0), min(layer + 2, num_layers))
 
 
 def _kept(forms: Sequence[_Form], most: int, *, gaps: int) -> list[int]:
