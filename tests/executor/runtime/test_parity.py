@@ -138,6 +138,11 @@ PAIRS = [
 MET = covering(PAIRS, lambda case: pairs({("schedule", case[0]), *values_of(case[1]), ("model", case[2])}))
 
 
+@pytest.fixture
+def one_core():
+    """Here all cores instead: what is not safe where kernels of two lanes run at the same moment is seen here."""
+
+
 @cache
 def expected(folder: Path) -> dict[str, tuple[int, ...]]:
     return {
