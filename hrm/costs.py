@@ -277,18 +277,14 @@ class Costs:
         return self.profile.link(source.name, target.name, kind).seconds(num_bytes)
 
 
-LayerMix = tuple[tuple[Layer, float], ...]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskWork:
     """Bytes and seconds of each task of one phase under one policy.
 
     In decode, `tokens` is the mean number of requests in a micro-batch and `context` their mean
     context; in prefill, `tokens` is prompt tokens in a chunk and `context` the mean prompt length.
-    Where a layer of the work stands for several of the policy's, `mean_residents` are its resident
-    experts and `layer_mixes` the shares of the kinds that it stands for; if they are empty, layers
-    are the policy's own. Tasks take longer by the `stretch`, where together they want more than there is.
+    If only some of the model's `layers` are in it, `mean_residents` are their resident experts; else
+    both are empty. Tasks take longer by the `stretch`, where together they want more than there is.
     """
 
     costs: Costs
@@ -297,8 +293,8 @@ class TaskWork:
     tokens: float
     context: float
     requests_per_chunk: float = 0.0
+    layers: tuple[int, ...] = ()
     mean_residents: tuple[float, ...] = ()
-    layer_mixes: tuple[LayerMix, ...] = ()
     stretch: Stretch = ALONE
 
     @property
@@ -306,55 +302,47 @@ class TaskWork:
         """Experts that stay on the GPU, for each layer of the work."""
         return self.mean_residents or self.policy.resident_experts
 
-    def layer_mix(self, layer: int) -> LayerMix:
-        """The kinds of layer that this one stands for, with their shares."""
-        if self.layer_mixes:
-            return self.layer_mixes[layer]
-        return ((self.costs.spec.layer_kind(layer), 1.0),)
+    def kind(self, layer: int) -> Layer:
+        """The kind of a layer of the work."""
+        return self.costs.spec.layer_kind(self.layers[layer] if self.layers else layer)
 
     def num_bytes(self, task: TaskId) -> int:
         """Bytes that the task moves; 0 if it computes."""
-        return _moved_bytes(task.act, self._loads(task.layer))
+        return _moved_bytes(task.act, self._load(task.layer))
 
-    def _loads(self, layer: int) -> list[tuple[float, Load]]:
-        """What tasks of a layer have to do in each kind of layer that it stands for, with its share."""
-        spec, resident = self.costs.spec, self.resident_experts[layer]
-        page_bytes = self._streamed_bytes(layer) / self.pipeline.num_pages
+    def _load(self, layer: int) -> Load:
+        """What tasks of a layer have to do."""
+        resident, kind = self.resident_experts[layer], self.kind(layer)
         parts = self.pipeline.parts_of(layer)
         elsewhere = parts or self.policy.ffn_in(self.pipeline.phase) is Device.CPU
-        return [
-            (
-                share,
-                Load(
-                    costs=self.costs,
-                    kind=kind,
-                    tokens=self.tokens,
-                    context=self.context,
-                    is_last=layer == self.pipeline.num_layers - 1,
-                    requests=self.requests_per_chunk,
-                    gpu_experts=resident if elsewhere else spec.num_experts,
-                    host_experts=max(0.0, kind.num_experts - resident),
-                    part_experts=max(0.0, kind.num_experts - resident) / max(parts, 1),
-                    page_bytes=page_bytes,
-                ),
-            )
-            for kind, share in self.layer_mix(layer)
-        ]
+        others = max(0.0, kind.num_experts - resident)
+        return Load(
+            costs=self.costs,
+            kind=kind,
+            tokens=self.tokens,
+            context=self.context,
+            is_last=layer == self.pipeline.num_layers - 1,
+            requests=self.requests_per_chunk,
+            gpu_experts=resident if elsewhere else self.costs.spec.num_experts,
+            host_experts=others,
+            part_experts=others / max(parts, 1),
+            page_bytes=self._streamed_bytes(layer) / self.pipeline.num_pages,
+        )
 
     def _streamed_bytes(self, layer: int) -> float:
         """Weight bytes of a layer that are loaded whole in this phase."""
         placement = self.policy.placement(self.costs.spec, self.pipeline.phase)
-        return float(placement.bytes_at(Place.STREAMED, self.layer_mix(layer), self.resident_experts[layer]))
+        return float(placement.bytes_at(Place.STREAMED, ((self.kind(layer), 1),), self.resident_experts[layer]))
 
     def seconds_of(self) -> Callable[[TaskId], float]:
         """A function from task to seconds; tasks alike are worked out once."""
-        forms: dict[tuple[float, LayerMix, bool], tuple[list[tuple[float, Load]], dict[Act, float]]] = {}
+        forms: dict[tuple[Layer, float, bool], tuple[Load, dict[Act, float]]] = {}
         last = self.pipeline.num_layers - 1
-        known: list[tuple[list[tuple[float, Load]], dict[Act, float]]] = []
+        known: list[tuple[Load, dict[Act, float]]] = []
         for layer, resident in enumerate(self.resident_experts):
-            form = resident, self.layer_mix(layer), layer == last
+            form = self.kind(layer), resident, layer == last
             if form not in forms:
-                forms[form] = self._loads(layer), {}
+                forms[form] = self._load(layer), {}
             known.append(forms[form])
         alike: dict[tuple[Act, Layer, bool, float, int], float] = {}
 
@@ -367,16 +355,14 @@ class TaskWork:
             return alike[same]
 
         def seconds(task: TaskId) -> float:
-            loads, of_layer = known[task.layer]
+            load, of_layer = known[task.layer]
             act = task.act
             if act not in of_layer:
-                num_bytes = _moved_bytes(act, loads)
-                whole = sum(share * of_kind(act, load, num_bytes) for share, load in loads)
-                of_layer[act] = whole * self.stretch.of(act)
+                of_layer[act] = of_kind(act, load, _moved_bytes(act, load)) * self.stretch.of(act)
             return of_layer[act]
 
         return seconds
 
 
-def _moved_bytes(act: Act, loads: list[tuple[float, Load]]) -> int:
-    return round(sum(share * float(act.moves(load)) for share, load in loads))
+def _moved_bytes(act: Act, load: Load) -> int:
+    return round(float(act.moves(load)))

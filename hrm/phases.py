@@ -5,26 +5,30 @@ from dataclasses import replace
 from functools import lru_cache
 from math import inf
 from operator import itemgetter
-from typing import Final
+from typing import Final, NamedTuple
 
 from hrm.closed_form import DecodeStep, Point, whole_prefill
 from hrm.costs import ALONE, Costs, Stretch, TaskWork
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import Pipeline, decode_pipeline, iter_positions, iter_tasks, prefill_pipeline
-from hrm.shortened import LEAST_LAYERS, shortened
+from hrm.shortened import shortened
 from hrm.simulate import Order, end_times, in_order, simulate
 from hrm.tasks import Phase
 from hrm.trace import Trace
 from hrm.workload import Workload
 
-MAX_TASKS: Final = 3000  # of longer graphs fewer layers are simulated
-_OF_UNLIKE: Final = 4  # times as many where residents differ from layer to layer: what is left out is unlike the rest
+MAX_TASKS: Final = 700  # of longer graphs fewer layers are simulated
+_OF_UNLIKE: Final = 12  # times as many where residents differ from layer to layer: what is left out is unlike the rest
+_OF_DECODE: Final = 6  # times fewer are enough of a decode step, whose layers follow one another without an end
+_MAX_TASKS_A_LAYER: Final = 750  # of prefill: of more, each chunk that is simulated stands for several
 MIN_CHUNKS: Final = 64  # that are simulated, however many tasks each has
 MAX_MICRO_BATCHES: Final = 512  # that are simulated; of more, each stands for several
 _TASKS_A_MICRO_BATCH: Final = 8  # of a decode step, in each layer
 _TASKS_A_CHUNK: Final = 6  # of prefill, in each layer
-STEADY_STEPS: Final = 3
+_STEPS: Final = 3  # of which the one that is timed, between the same layer of two, has others before and after it
+_WARM_LAYER: Final = 2  # at whose end the first step is like all others
+_SHORT: Final = 4000  # tasks about of a graph whose order is kept
 _ACT_AND_LAYER: Final = itemgetter(0, 1)  # of a task: those that share both take equally long
 # By layers and stretch of a work: seconds of its distinct tasks, by their number, which hold in any context.
 _Known = dict[tuple[int, Stretch], dict[int, float]]
@@ -119,34 +123,30 @@ def steps_seconds(
     known: _Known = {}
 
     def seconds(work: TaskWork) -> float:
-        order, end_s = _walked(work, in_one, pages_in_one, known)
-        ends = [0.0] * STEADY_STEPS
-        for position, step in order.samples:
-            ends[step] = max(ends[step], end_s[position])
-        # The last step loads no weights for another, so the step before it is the steady one.
-        return ends[-2] - ends[-3]
+        walk = _walked(work, in_one, pages_in_one, known)
+        warm = _warm_layer(work.pipeline)
+        steady_s = walk.layer_end_s(warm, step=1) - walk.layer_end_s(warm)
+        return steady_s + short.left_out_s(lambda layer: walk.layer_s(layer, step=int(layer <= warm)))
 
     first = next(iter(stretches), 0.0)
-    work = decode_work(costs, policy, first, num_steps=STEADY_STEPS, tokens=tokens, shape=shape, stretch=ALONE)
-    tasks_a_layer = _TASKS_A_MICRO_BATCH * STEADY_STEPS * max(shape.num_micro_batches, work.pipeline.num_pages)
-    tasks_a_layer += STEADY_STEPS * shape.num_micro_batches * _tasks_of_parts(work.pipeline.parts)
-    forms = shortened(work, _most_tasks(costs.spec, policy) // 2 // tasks_a_layer)
-    return [
-        sum(factor * seconds(replace(form, context=context, stretch=stretch)) for factor, form in forms)
-        for context, stretch in stretches.items()
-    ]
+    work = decode_work(costs, policy, first, num_steps=_STEPS, tokens=tokens, shape=shape, stretch=ALONE)
+    tasks_a_layer = _TASKS_A_MICRO_BATCH * max(shape.num_micro_batches, work.pipeline.num_pages)
+    tasks_a_layer += shape.num_micro_batches * _tasks_of_parts(work.pipeline.parts)
+    short = shortened(work, _most_tasks(costs.spec, policy) // _OF_DECODE // tasks_a_layer)
+    return [seconds(replace(short.work, context=context, stretch=stretch)) for context, stretch in stretches.items()]
 
 
 def prefill_seconds(costs: Costs, policy: Policy, workload: Workload, *, stretch: Stretch | None = None) -> float:
     """Simulated seconds of one batch's prefill; of very many chunks, each stands for several."""
     shape, _, pages_in_one = _simulated_shape(policy)
     tasks_a_chunk = _TASKS_A_CHUNK + _tasks_of_parts(policy.parts(costs.spec, Phase.PREFILL))
-    affordable = max(MIN_CHUNKS, MAX_TASKS // (LEAST_LAYERS * tasks_a_chunk))
+    affordable = max(MIN_CHUNKS, _MAX_TASKS_A_LAYER // tasks_a_chunk)
     work = prefill_work(costs, policy, workload, shape=shape, max_chunks=affordable, stretch=stretch)
     in_one = float(workload.chunks(policy.batch_size, policy.prefill_chunk_tokens)) / work.pipeline.num_micro_batches
     tasks_a_layer = tasks_a_chunk * work.pipeline.num_micro_batches
-    forms = shortened(work, _most_tasks(costs.spec, policy) // tasks_a_layer)
-    return sum(factor * max(_walked(form, in_one, pages_in_one)[1]) for factor, form in forms)
+    short = shortened(work, _most_tasks(costs.spec, policy) // tasks_a_layer)
+    walk = _walked(short.work, in_one, pages_in_one)
+    return max(walk.end_s) + short.left_out_s(walk.layer_s)
 
 
 def _most_tasks(spec: ModelSpec, policy: Policy) -> int:
@@ -178,10 +178,23 @@ def _simulated_shape(policy: Policy) -> tuple[Policy, float, float]:
     return shape, number / few, pages / few_pages
 
 
-def _walked(
-    work: TaskWork, in_one: float, pages_in_one: float, known: _Known | None = None
-) -> tuple[Order, list[float]]:
-    """The order of a phase's tasks and when each ends; quicker than `simulate_work`.
+class _Walk(NamedTuple):
+    """The order of a phase's tasks, and when each ends."""
+
+    order: Order
+    end_s: Sequence[float]
+
+    def layer_end_s(self, layer: int, step: int = 0) -> float:
+        """When all micro-batches or chunks have gone through a layer."""
+        return self.end_s[self.order.layer_ends[step, layer]]
+
+    def layer_s(self, layer: int, step: int = 0) -> float:
+        """How long after the layer before it."""
+        return self.layer_end_s(layer, step) - self.layer_end_s(layer - 1, step)
+
+
+def _walked(work: TaskWork, in_one: float, pages_in_one: float, known: _Known | None = None) -> _Walk:
+    """When the tasks of a phase end; quicker than `simulate_work`.
 
     A micro-batch or chunk of the work stands for `in_one` of them, and so takes that much longer; a
     page of weights for `pages_in_one` smaller ones, if there are several. What is `known` is of works
@@ -201,14 +214,16 @@ def _walked(
             if not task_id.act.attends:
                 others[number] = of_task
         seconds.append(of_task)
-    return order, end_times(order, seconds, work.costs.hand_over_s)
+    return _Walk(order, end_times(order, seconds, work.costs.hand_over_s))
 
 
 def _order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
     """The order of a pipeline's tasks, which other contexts, costs, machines and searches ask for again."""
-    tasks_a_layer = _TASKS_A_MICRO_BATCH * pipeline.num_steps * max(pipeline.num_micro_batches, pipeline.num_pages)
-    tasks_a_layer += pipeline.num_steps * pipeline.num_micro_batches * _tasks_of_parts(pipeline.parts)
-    is_short = pipeline.num_layers * tasks_a_layer <= 2 * MAX_TASKS
+    if not any(pipeline.streamed):
+        pipeline = replace(pipeline, num_pages=1, dense_pages=0)
+    tasks_a_layer = _TASKS_A_MICRO_BATCH * max(pipeline.num_micro_batches, pipeline.num_pages)
+    tasks_a_layer += pipeline.num_micro_batches * _tasks_of_parts(pipeline.parts)
+    is_short = pipeline.num_layers * tasks_a_layer <= _SHORT
     return _short_order(pipeline, schedule) if is_short else _long_order(pipeline, schedule)
 
 
@@ -216,7 +231,13 @@ def _new_order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
     tasks = iter_positions(pipeline, schedule)
     if pipeline.phase is Phase.PREFILL:
         return in_order(tasks, _ACT_AND_LAYER)
-    return in_order(tasks, _ACT_AND_LAYER, steps=STEADY_STEPS - 1, micro_batches=pipeline.num_micro_batches)
+    until = 1, _warm_layer(pipeline)
+    return in_order(tasks, _ACT_AND_LAYER, until=until, micro_batches=pipeline.num_micro_batches)
+
+
+def _warm_layer(pipeline: Pipeline) -> int:
+    """The layer at whose end lanes wait for one another as in every step."""
+    return min(_WARM_LAYER, pipeline.num_layers - 1)
 
 
 # A hundred megabytes at most, and two of each phase of one policy.

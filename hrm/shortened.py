@@ -1,110 +1,134 @@
-"""Long graphs over fewer layers, from whose time that of all of them follows."""
+"""Long graphs over some of their layers, from whose time that of all of them follows."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
-from typing import Final, NamedTuple
+from typing import Final
 
-from hrm.costs import LayerMix, TaskWork
+from hrm.costs import TaskWork
 
-_LONGEST_PERIOD: Final = 8  # of layers whose kinds take turns
-LEAST_LAYERS: Final = 4  # that are simulated, in two turns at least, however many tasks each has
+_LEAST_LAYERS: Final = 4  # that are simulated, however many tasks each has
+_GAPS: Final = 2  # between those that are, where residents are not even; else one
+_SEAM: Final = 4  # layers that should come after a gap as they would have come without it
+_LONGEST_TURN: Final = 8  # of layers whose kinds take turns
+_COMMON: Final = 1 / 8  # of all layers: so many that come one after the other in a way are to be seen
 _NOTHING: Final = 1e-9
 
-# What a layer of the shortened work stands for: layers of the whole one, with shares that add up to one.
-_StandIn = tuple[tuple[int, float], ...]
+_Form = tuple[int, int]  # what tells layers apart: their kind, and their residents unless those are even
+_InTurn = tuple[_Form, _Form | None, _Form | None, _Form | None]  # a layer, the one after it, the two before it
 
 
-class _Pattern(NamedTuple):
-    """How layers follow one another: some at the head, then a period of some that `repeats`, and the rest."""
+@dataclass(frozen=True, slots=True)
+class Shortened:
+    """A work over some of its layers, and for how many that are left out each of them stands."""
 
-    head: int
-    period: int
-    repeats: int
-    rest: int
+    work: TaskWork
+    stands_for: tuple[float, ...] = ()
 
-    @staticmethod
-    @lru_cache
-    def of(order: tuple[int, ...]) -> "_Pattern":
-        """The pattern of layers of such kinds that has the fewest layers that are not repeats of others.
-
-        If most layers are none, they are taken to be all alike.
-        """
-        found: list[_Pattern] = []
-        for period in range(1, min(_LONGEST_PERIOD, len(order)) + 1):
-            head = max((i + 1 for i in range(len(order) - period) if order[i] != order[i + period]), default=0)
-            repeats, rest = divmod(len(order) - head, period)
-            if 2 * (head + period + rest) <= len(order):
-                found.append(_Pattern(head, period, repeats, rest))
-        alike = _Pattern(0, 1, len(order), 0)
-        return min(found, key=lambda pattern: len(order) - pattern.period * (pattern.repeats - 1), default=alike)
-
-    def least_repeats(self) -> int:
-        """How many repeats stand for all of them at least."""
-        return max(2, LEAST_LAYERS // self.period)
-
-    def over(self, repeats: int) -> "list[_StandIn]":
-        """What each layer stands for where there are only so many repeats: equally many of all."""
-        span, first_of_rest = self.repeats / repeats, self.head + self.period * self.repeats
-
-        def stand_in(repeat: int, place: int) -> _StandIn:
-            """The layers in one place of a period, over a span of repeats that need not be whole."""
-            first, last = repeat * span, (repeat + 1) * span
-            layers = range(self.head + place, first_of_rest, self.period)
-            whole = range(int(first), ceil(last - _NOTHING))
-            return tuple((layers[i], (min(i + 1, last) - max(i, first)) / span) for i in whole)
-
-        return [
-            *(((i, 1.0),) for i in range(self.head)),
-            *(stand_in(repeat, place) for repeat in range(repeats) for place in range(self.period)),
-            *(((first_of_rest + i, 1.0),) for i in range(self.rest)),
-        ]
+    def left_out_s(self, took_s: Callable[[int], float]) -> float:
+        """How long those that are left out take, given how long each layer of the work took."""
+        return sum(count * took_s(layer) for layer, count in enumerate(self.stands_for) if count)
 
 
-def shortened(work: TaskWork, most_layers: int) -> list[tuple[float, TaskWork]]:
-    """Works over about so many layers at most, with factors: by these, their times add up to that of the whole work.
+def shortened(work: TaskWork, most_layers: int) -> Shortened:
+    """The work over about so many of its layers, or over more where those would not show all that there are.
 
-    What more a longer form takes than a shorter one, every further layer takes as well. Where layers are of kinds that
-    take turns, whole turns are left out: their lanes wait for one another, as those of layers that are all of a mean
-    do not.
+    Lanes wait for one another over a few layers only. So a layer that is left out takes as long as those like it that
+    come after such layers as it does. If residents are even, layers of a kind are all of their mean.
     """
-    pattern = _Pattern.of(work.costs.spec.order)
-    many = max(pattern.least_repeats(), (most_layers - pattern.head - pattern.rest) // pattern.period)
-    if pattern.repeats <= many:
-        return [(1.0, work)]
-    few = many // 2
-    beyond = (pattern.repeats - many) / (many - few)
-    return [(1 + beyond, _cut(work, pattern.over(many))), (-beyond, _cut(work, pattern.over(few)))]
+    spec, residents = work.costs.spec, work.resident_experts
+    counts = [count for count, layer in zip(residents, spec.layers, strict=True) if layer.has_experts]
+    is_even = max(counts) - min(counts) <= 1
+    forms = tuple((kind, 0 if is_even else int(count)) for kind, count in zip(spec.order, residents, strict=True))
+    if most_layers >= len(forms):
+        return Shortened(work)
+    kept, stands_for = _chosen(forms, most_layers, gaps=1 if is_even else _GAPS)
+    alike = [[i for i, form in enumerate(forms) if form == forms[layer]] if is_even else [layer] for layer in kept]
+    return Shortened(_cut(work, kept, alike), stands_for)
 
 
-def _cut(work: TaskWork, stand_ins: Sequence[_StandIn]) -> TaskWork:
-    """The work over layers each of which stands for some of it."""
-    pipeline, kinds = work.pipeline, work.costs.spec.layers
+@lru_cache
+def _chosen(forms: tuple[_Form, ...], most: int, *, gaps: int) -> tuple[list[int], tuple[float, ...]]:
+    """The layers that are simulated, and for how many others each of them stands."""
+    several = {form for form, count in Counter(forms).items() if count > 1}
+    common = {layers for layers, count in Counter(_in_turn(forms)).items() if count >= len(forms) * _COMMON}
+    for least in range(max(most, _LEAST_LAYERS), len(forms)):
+        kept = _kept(forms, least, gaps=gaps)
+        seen = _in_turn([forms[layer] for layer in kept])[1:-1]
+        if several <= {layers[0] for layers in seen} and common <= set(seen):
+            return kept, _stands_for(forms, kept)
+    return list(range(len(forms))), (0.0,) * len(forms)
 
-    def shares(of_each: Sequence[float]) -> tuple[float, ...]:
-        """Of what the layers have, if they are told: what each stand-in has of it on average."""
-        return tuple(sum(part * of_each[layer] for layer, part in stand_in) for stand_in in stand_ins if of_each)
+
+def _kept(forms: Sequence[_Form], most: int, *, gaps: int) -> list[int]:
+    """About so many of the layers, with gaps between them after which they go on as before."""
+    kept: list[int] = []
+    longest, between = (len(forms) - most) // gaps, most // (gaps + 1)
+    at = 0
+    for _ in range(gaps):
+        kept += range(at, at := at + between)
+        shortest = max(longest - _LONGEST_TURN, 0)
+        at += max(range(shortest, longest + 1), key=lambda gap, at=at: (_go_on(forms, at, at + gap), gap))
+    return [*kept, *range(at, len(forms))]
+
+
+def _go_on(forms: Sequence[_Form], at: int, after: int) -> int:
+    """How many layers after a gap are as those at its beginning, of those that should be."""
+    pairs = zip(forms[at : at + _SEAM], forms[after:], strict=False)
+    return next((same for same, (here, there) in enumerate(pairs) if here != there), _SEAM)
+
+
+def _stands_for(forms: Sequence[_Form], kept: Sequence[int]) -> tuple[float, ...]:
+    """For how many of the others each kept layer stands: those that it is most like."""
+    times = [0.0] * len(kept)
+    in_turn, of_kept = _in_turn(forms), _in_turn([forms[layer] for layer in kept])
+    left_out = Counter(in_turn[layer] for layer in set(range(len(forms))) - set(kept))
+    for layers, count in left_out.items():
+        # The first layer waits for its weights, and the last one has less to do in prefill.
+        unlike = {i: _unlike(of_kept[i], layers) for i in range(1, len(kept) - 1)}
+        least = min(unlike.values())
+        likest = [i for i, how in unlike.items() if how == least]
+        for i in likest:
+            times[i] += count / len(likest)
+    return tuple(times)
+
+
+def _in_turn(forms: Sequence[_Form]) -> list[_InTurn]:
+    """Each layer with the two before it and the one after it, whose weights are loaded meanwhile."""
+    around = (None, None, *forms, None)
+    return list(zip(forms, around[3:], around[1:], around, strict=False))
+
+
+def _unlike(these: _InTurn, those: _InTurn) -> tuple[bool, int, int]:
+    """How unlike layers are: in their kind first, then in residents, then in how many of those around them."""
+    (kind, residents), (other_kind, other_residents) = these[0], those[0]
+    same = sum(one == other for one, other in zip(these, those, strict=True))
+    return kind != other_kind, abs(residents - other_residents), -same
+
+
+def _cut(work: TaskWork, kept: Sequence[int], alike: Sequence[Sequence[int]]) -> TaskWork:
+    """The work over some of its layers, each of which has the mean of those alike."""
+    pipeline = work.pipeline
+
+    def means(of_each: Sequence[float]) -> tuple[float, ...]:
+        """Of what the layers have, if they are told."""
+        return tuple(sum(of_each[i] for i in layers) / len(layers) for layers in alike if of_each)
 
     def are_any(of_each: Sequence[bool]) -> tuple[bool, ...]:
-        return tuple(share > _NOTHING for share in shares(of_each))
-
-    def mix(stand_in: _StandIn) -> LayerMix:
-        parts = dict.fromkeys((kinds[layer] for layer, _ in stand_in), 0.0)
-        for layer, part in stand_in:
-            parts[kinds[layer]] += part
-        return tuple(parts.items())
+        return tuple(mean > 0 for mean in means(of_each))
 
     return replace(
         work,
-        mean_residents=shares(work.resident_experts),
-        layer_mixes=tuple(map(mix, stand_ins)) if len(work.costs.spec.layer_kinds()) > 1 else (),
+        layers=tuple(kept),
+        mean_residents=means(work.resident_experts),
         pipeline=replace(
             pipeline,
-            num_layers=len(stand_ins),
+            num_layers=len(kept),
             streamed=are_any(pipeline.streamed),
             cpu_experts=are_any(pipeline.cpu_experts),
-            parts=tuple(ceil(share - _NOTHING) for share in shares(pipeline.parts)),
+            parts=tuple(ceil(mean - _NOTHING) for mean in means(pipeline.parts)),
             states=are_any(pipeline.states),
             attention_weights=are_any(pipeline.attention_weights),
         ),

@@ -1,6 +1,6 @@
 """Walk a task graph in virtual time: each lane takes its tasks in order, as the executor does."""
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hrm.tasks import Lane, Task, TaskId
@@ -31,26 +31,28 @@ class Order:
     """A graph by positions, to be walked many times with other durations.
 
     Task i runs in lane `lanes[i]`, after the tasks of other lanes at `waits[i]`, for as long as the task
-    `distinct[alike[i]]`. `samples` are the positions of tasks that end a step, with their step.
+    `distinct[alike[i]]`. `layer_ends` are the positions of what comes last of each step and layer among the tasks that
+    depend on the layer's FFN.
     """
 
     lanes: Sequence[int]
     waits: Sequence[Sequence[int]]
     alike: Sequence[int]
     distinct: Sequence[TaskId]
-    samples: Sequence[tuple[int, int]]
+    layer_ends: Mapping[tuple[int, int], int]
 
 
 def in_order(
     tasks: Iterable[tuple[TaskId, Sequence[int]]],
     alike: Callable[[TaskId], Hashable],
     *,
-    steps: int = 0,
+    until: tuple[int, int] | None = None,
     micro_batches: int = 0,
 ) -> Order:
     """The order of tasks, each with the positions of what it waits for in other lanes; if `alike`, they take as long.
 
-    If it is asked for `steps` of so many `micro_batches` only, it ends with them: what comes later cannot delay them.
+    It ends when so many micro-batches have gone through the layer `until` which it is asked for, of a step: what comes
+    later cannot delay them.
     """
     number_of_lane = {lane: number for number, lane in enumerate(Lane)}
     lanes: list[int] = []
@@ -58,8 +60,8 @@ def in_order(
     classes: list[int] = []
     first_of: dict[Hashable, int] = {}
     distinct: list[TaskId] = []
-    samples: list[tuple[int, int]] = []
-    left = steps * micro_batches or -1
+    layer_ends: dict[tuple[int, int], int] = {}
+    left = micro_batches
     for position, (task_id, waits_for) in enumerate(tasks):
         act = task_id.act
         waits.append(waits_for)
@@ -68,12 +70,14 @@ def in_order(
         if number == len(distinct):
             distinct.append(task_id)
         classes.append(number)
-        if act.ends_step:
-            samples.append((position, task_id.step))
-            left -= task_id.step < steps
-            if not left:
-                break
-    return Order(lanes, waits, classes, distinct, samples)
+        if act.by_ffn:
+            where = task_id.step, task_id.layer
+            layer_ends[where] = position
+            if where == until:
+                left -= 1
+                if not left:
+                    break
+    return Order(lanes, waits, classes, distinct, layer_ends)
 
 
 def end_times(order: Order, seconds: Sequence[float], hand_over_s: float = 0.0) -> list[float]:

@@ -143,17 +143,17 @@ def test_time_carried_on_from_few_layers_is_that_of_all_layers(monkeypatch, sche
         assert quick == pytest.approx(whole, rel=tolerance), counts
 
 
-@pytest.mark.parametrize("seed", [7, 21, 75, 89])
+@pytest.mark.parametrize("seed", [7, 21, 75, 153, 225])
 def test_what_is_left_out_of_long_graphs_waits_as_what_is_simulated(monkeypatch, seed):
-    """Also where some layers have all experts on the GPU and others none, of which means were 20 % too fast."""
+    """Also where some layers have all experts on the GPU and others none, in any order, and wait for one another."""
     rng = Random(seed)
     case = random_case(rng)
     for policy in random_policies(rng, case, None, count=2):
-        found: list[float] = []
-        for most in (3000, 10**9):
-            monkeypatch.setattr(sys.modules[step_seconds.__module__], "MAX_TASKS", most)
-            found.append(estimate(case.spec, policy, case.profile, case.workload).tokens_per_s)
-        assert found[0] == pytest.approx(found[1], rel=0.07), policy
+        short = estimate(case.spec, policy, case.profile, case.workload)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules[step_seconds.__module__], "MAX_TASKS", 10**9)
+            whole = estimate(case.spec, policy, case.profile, case.workload)
+        assert short.tokens_per_s == pytest.approx(whole.tokens_per_s, rel=0.015), policy
 
 
 @pytest.mark.parametrize("model", ["qwen3-next", "qwen3.5-35b-a3b", "deepseek-v3"])

@@ -7,7 +7,7 @@ import pytest
 
 from hrm.acts import NAMES
 from hrm.policy import ScheduleName
-from hrm.schedules import graph
+from hrm.schedules import graph, iter_positions
 from hrm.simulate import end_times, in_order, simulate
 from hrm.tasks import Lane, Phase, Task, TaskGraph, TaskId
 from tests.contracts.tasks import a_task, act
@@ -127,8 +127,22 @@ def test_end_times_by_position_are_those_of_the_spans(make):
             ends = end_times(order, [of_kind[task.act.name] for task in order.distinct], hand_over)
             spans = simulate(tasks, lambda task, of_kind=of_kind: of_kind[task.act.name], hand_over).spans
             assert ends == [span.end_s for span in spans]
-        sampled = [(i, t.id.step) for i, t in enumerate(tasks) if t.id.act.name == "SAMPLE"]
-        assert list(order.samples) == sampled
+
+
+def test_an_order_ends_when_all_have_gone_through_the_layer_that_is_asked_for():
+    asked = 0
+    for seed in range(60):
+        rng = Random(seed)
+        pipeline, schedule = random_pipeline(rng), rng.choice(list(ScheduleName))
+        tasks = list(iter_positions(pipeline, schedule))
+        whole = in_order(tasks, lambda task: task.act.name)
+        step, layer = until = rng.choice(sorted(whole.layer_ends))
+        part = in_order(tasks, lambda task: task.act.name, until=until, micro_batches=pipeline.num_micro_batches)
+        of_layer = [i for i, (x, _) in enumerate(tasks) if x.act.by_ffn and (x.step, x.layer) == (step, layer)]
+        assert part.layer_ends[until] == whole.layer_ends[until] == of_layer[-1] == len(part.lanes) - 1, seed
+        assert list(part.waits) == list(whole.waits)[: len(part.waits)]
+        asked += len(part.lanes) < len(whole.lanes)
+    assert asked > 30
 
 
 def test_spans_carry_their_phase_and_seconds():
