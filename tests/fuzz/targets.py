@@ -35,9 +35,15 @@ def written(folder: Path, name: str, content: bytes) -> Path:
 def all_targets() -> dict[str, Target]:
     """Every target by its name; those of the executor import torch."""
     from tests.fuzz.targets_executor import EXECUTOR_TARGETS
+
+    return {**targets_of_hrm(), **{target.name: target for target in EXECUTOR_TARGETS}}
+
+
+def targets_of_hrm() -> dict[str, Target]:
+    """Those that need no torch."""
     from tests.fuzz.targets_hrm import HRM_TARGETS
 
-    return {target.name: target for target in (*HRM_TARGETS, *EXECUTOR_TARGETS)}
+    return {target.name: target for target in HRM_TARGETS}
 
 
 NAMES_OF_HRM: Final = (
@@ -46,7 +52,6 @@ NAMES_OF_HRM: Final = (
     "host",
     "diff",
     "config",
-    "quantisation",
     "modelopt",
     "gguf",
     "policy",
@@ -69,6 +74,7 @@ NAMES_OF_EXECUTOR: Final = (
     "template",
     "named-template",
     "special-tokens",
+    "quantisation",
     "index",
     "model-config",
     "generation-config",

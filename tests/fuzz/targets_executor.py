@@ -35,9 +35,10 @@ from executor.job.requests import LineReader, Rejected
 from executor.job.room import AnswerRoom
 from executor.job.sampling_defaults import SamplingDefaults
 from executor.model import crossings
+from tests.executor.formats.published import PUBLISHED
 from tests.fuzz.mutations import as_json, as_lines
 from tests.fuzz.targets import Target, written
-from tests.fuzz.targets_hrm import check_message, gguf_of
+from tests.fuzz.targets_hrm import check_message, gguf_of, use_quantisation
 
 TEMPLATE: Final = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m['content'] | trim }}\n{% endfor %}"
@@ -433,6 +434,7 @@ EXECUTOR_TARGETS: Final = (
     ),
     Target(name="special-tokens", bases=lambda: [CONFIG], use=use_special_tokens, share=0.5),
     Target(name="job", bases=lambda: [some_job()], use=use_job, share=0.5),
+    Target(name="quantisation", bases=lambda: [how.config for how in PUBLISHED.values()], use=use_quantisation),
     Target(
         name="index",
         bases=lambda: [json.loads((a_checkpoint() / "model.safetensors.index.json").read_bytes())],

@@ -47,7 +47,6 @@ from hrm.units import parse_bandwidth, parse_bytes, parse_flops, parse_seconds
 from hrm.validate import validate as validated
 from hrm.validate import validate_fleet
 from hrm.workload import Workload
-from tests.executor.formats.published import PUBLISHED as QUANTISED
 from tests.fuzz.mutations import as_json, as_lines, as_yaml
 from tests.fuzz.targets import Target, written
 from tests.hrm.published_configs import PUBLISHED
@@ -430,7 +429,6 @@ HRM_TARGETS: Final = (
     Target(name="diff", bases=machines, use=use_diff, dump=as_yaml, share=0.5),
     Target(name="config", bases=lambda: list(PUBLISHED.values()), use=use_config),
     Target(name="gguf", bases=lambda: [a_gguf()], use=use_gguf, has_values=False),
-    Target(name="quantisation", bases=lambda: [how.config for how in QUANTISED.values()], use=use_quantisation),
     Target(name="modelopt", bases=lambda: [MODELOPT], use=use_modelopt, share=0.5),
     Target(name="policy", bases=lambda: [plain(a_policy_file())], use=use_policy, share=2),
     Target(name="run", bases=lambda: [a_run(), a_fleet()], use=use_run, share=2),

@@ -18,7 +18,7 @@ FINDINGS = Path(os.environ.get("FUZZ_FINDINGS", "fuzz-findings")).absolute()
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("names", "count"), [(targets.NAMES_OF_HRM, 450), (targets.NAMES_OF_EXECUTOR, 450)], ids=["hrm", "executor"]
+    ("names", "count"), [(targets.NAMES_OF_HRM, 420), (targets.NAMES_OF_EXECUTOR, 480)], ids=["hrm", "executor"]
 )
 def test_whatever_is_handed_over_is_used_or_refused_in_one_line(names, count):
     reports = run.watch(names, count, seed=0, findings=FINDINGS)

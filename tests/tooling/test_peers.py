@@ -2,9 +2,11 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,6 +41,7 @@ from tests.bench.peers.setting import (
 )
 from tests.bench.peers.turns import Outcome, Turn, order, read_journal, run_turns
 from tests.bench.reference_checkpoint import reference_checkpoint
+from tests.hrm.profiling.fakes import small_sizes
 
 TINY = "tests.tooling.tiny_peer"
 
@@ -354,9 +357,17 @@ def test_llamas_file_is_the_checkpoint(checkpoints, tmp_path):
             assert written.tensor(name).float().equal(given.tensor(name).float()), name
 
 
-@pytest.mark.slow
+def run_here(command, log, minutes, *, cwd, usual):
+    """Stands for `run_logged`: the module runs in this process, which has its imports, on a hasty profile."""
+    assert command[:2] == [sys.executable, "-m"]
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"), small_sizes():
+        patch.setattr(sys, "argv", command[2:])
+        runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+
+
 def test_ours_and_transformers_give_the_same_certain_tokens(tmp_path, monkeypatch):
-    """Real turns of real engines, transformers as it is installed here."""
+    """Turns of real engines, transformers as it is installed here."""
+    monkeypatch.setattr(turns, "run_logged", run_here)
     monkeypatch.setenv("BENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(turns, "python_of", lambda _: Path(sys.executable))
     monkeypatch.setattr(turns, "order", lambda _: (Turn("qwen", 0, engine) for engine in (OURS, TRANSFORMERS)))

@@ -7,7 +7,7 @@ from pathlib import Path
 CONFTEST = """
 import tests.conftest
 from tests.conftest import pytest_runtest_call, pytest_terminal_summary
-tests.conftest.SURELY_SLOW_S = 0.3
+tests.conftest.SURELY_SLOW_S = 0.1
 """
 CASES = """
 import time
@@ -15,13 +15,13 @@ import pytest
 
 def work():
     began_s = time.process_time()
-    while time.process_time() - began_s < 0.4:
+    while time.process_time() - began_s < 0.2:
         pass
 
 def test_works(): work()
 @pytest.mark.slow
 def test_is_marked(): work()
-def test_sleeps(): time.sleep(0.4)
+def test_sleeps(): time.sleep(0.2)
 def test_fails():
     work()
     assert False

@@ -45,7 +45,7 @@ LATENT = {
     "kimi_k2": kimi_k2,
     "deepseek_v2": causal("deepseek_v2", **SIZES, topk_method="group_limited_greedy", rope_parameters=YARN),
     "deepseek_v2 as Lite": causal("deepseek_v2", **{**SIZES, "q_lora_rank": None, "n_group": 1, "topk_group": 1}),
-    "deepseek_v3": causal("deepseek_v3", **SIZES, rope_parameters=YARN),
+    "deepseek_v3": causal("deepseek_v3", **SIZES, num_hidden_layers=3, rope_parameters=YARN),
     "deepseek_v3 with biases": causal("deepseek_v3", **SIZES, attention_bias=True, rope_interleave=False),
     "glm4_moe_lite": causal(
         "glm4_moe_lite", **{**SIZES, "v_head_dim": 24, "n_group": 1, "topk_group": 1}, norm_topk_prob=False

@@ -26,7 +26,7 @@ def with_fault(by_act: Any) -> Any:
                 first = False
                 return own(x)
             if os.environ[FAULT] == "SIGSTOP":
-                time.sleep(2)  # so that it has told what it is at
+                time.sleep(1)  # so that it has told what it is at
                 os.kill(os.getpid(), signal.SIGSTOP)
             while True:
                 time.sleep(60)

@@ -174,7 +174,7 @@ def until(done, *, at_most_s=120.0):
 def test_of_two_jobs_at_once_one_loses_a_rank_and_the_other_is_interrupted(model, policy, tmp_path, capsys):
     lines = write_lines(tmp_path, LINES)
     folders = [tmp_path / "broken", tmp_path / "other"]
-    paces = ("1MB/s", "0.2MB/s")
+    paces = ("1MB/s", "0.5MB/s")
     broken, other = (start(model, policy, lines, folder, pace) for folder, pace in zip(folders, paces, strict=True))
     until(lambda: outputs(folders[0]))
     (rank,) = psutil.Process(broken.pid).children()

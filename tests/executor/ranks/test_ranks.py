@@ -36,7 +36,8 @@ def run(size=2, batches=1, **told):
     message = json.dumps(told).encode()
     pids = []
     try:
-        with Ranks(size, message, module=MODULE, timeout_s=3.0, silence_s=5.0) as ranks:
+        silence_s = 3.0 if told.get("fault") == "SIGSTOP" else 60.0
+        with Ranks(size, message, module=MODULE, timeout_s=3.0, silence_s=silence_s) as ranks:
             pids += [process.pid for process in ranks.workers.processes.values()]
             own = of_rank(message, ranks.group)
             ranks.ready(own)

@@ -97,8 +97,8 @@ def test_a_stage_that_never_ends_its_task_ends_all_and_is_named_with_it(
     model, policy, tmp_path, capsys, monkeypatch, forked_ranks, fault, told
 ):
     monkeypatch.setattr(launch, "WORKER", stuck_stage.__name__)
-    monkeypatch.setattr(launch, "Ranks", partial(Ranks, silence_s=5.0))
-    monkeypatch.setenv(TIMEOUT, "4" if fault == "hangs" else "60")
+    monkeypatch.setattr(launch, "Ranks", partial(Ranks, silence_s=3.0 if fault == "SIGSTOP" else 60.0))
+    monkeypatch.setenv(TIMEOUT, "3" if fault == "hangs" else "60")
     monkeypatch.setenv(stuck_stage.FAULT, fault)
     lines = [line(f"r{number}", prompt) for number, prompt in enumerate(PROMPTS)]
     words = run_words(model, policy, write_lines(tmp_path, lines), tmp_path / "run")

@@ -10,6 +10,11 @@ from tests.executor.runtime.support import architecture, policy_file
 
 
 @pytest.fixture(autouse=True)
+def lanes_take_turns(one_core):
+    """Engines run in most of these tests."""
+
+
+@pytest.fixture(autouse=True)
 def no_thread_left_behind():
     """Every run ends all the threads that it started."""
     before = set(threading.enumerate())

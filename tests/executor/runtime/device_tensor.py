@@ -24,6 +24,9 @@ INDEXING: Final = ("aten::index", "aten::index_put", "aten::index_put_")
 UNWRITTEN: Final = ("aten::new_empty", "aten::empty_like")  # are no numbers, lest one reads them
 EMPTY: Final = torch.empty
 MASKS: Final = (torch.bool, torch.uint8)
+PLAIN: Final = {int, float, bool, type(None)}  # what else operators are given, most of the time
+# Functions of torch's that are done otherwise, whatever they are given; others only where they name the device.
+OTHERWISE: Final = {scaled_dot_product_attention, Tensor.__getitem__, Tensor.to}
 # Of operators that return to the host what the device has computed, be it only a size.
 TELLING: Final = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
@@ -81,10 +84,10 @@ class DeviceTensor(Tensor):
             return None
         given = list[Tensor]()
         inner_args = [_inner(x, given) for x in args]
-        inner_named = {name: _inner(x, given) for name, x in named.items()}
+        inner_named = {name: _inner(x, given) for name, x in named.items()} if named else {}
         device = named.get("device")
         to_host = device is not None and torch.device(device).type == "cpu"
-        crosses = to_host or any(x.is_cpu for x in given)
+        crosses = to_host or any(type(x) is not DeviceTensor for x in given)
         if crosses and not _may_cross(facts, args, given):
             raise RuntimeError(f"{func}: expected all tensors on {DEVICE}, but some are on the cpu")
         if _stalls(facts, args, named, crosses=crosses):
@@ -96,11 +99,9 @@ class DeviceTensor(Tensor):
             return result
         if facts.name in UNWRITTEN:
             result.untyped_storage().fill_(0xFF)
-        known = {id(_data(x)): x for x in given}  # what was written is what comes back
-        assert all(x.shape == _data(x).shape for x in given), f"{func} resized a tensor"
-        if type(result) is Tensor:
-            return known[id(result)] if id(result) in known else DeviceTensor(result)
-        return _mapped(lambda x: known[id(x)] if id(x) in known else DeviceTensor(x), result)
+        if facts.writes:
+            assert all(x.shape == _data(x).shape for x in given), f"{func} resized a tensor"
+        return _mapped(lambda x: _on_device(x, given), result)
 
 
 class Facts(NamedTuple):
@@ -149,6 +150,8 @@ class WithDevice(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: object, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
+        if func not in OTHERWISE and "device" not in named:  # nearly always
+            return func(*args, **named)
         if func is scaled_dot_product_attention:  # one kernel, which reads nothing of the host's
             on_host = [x for x in args if isinstance(x, Tensor) and x.is_cpu]
             assert all(isinstance(x, CausalBias) for x in on_host), "attention to the host's memory"
@@ -185,9 +188,12 @@ def _data(x: Tensor) -> Tensor:
 
 def _inner(tree: Any, given: list[Tensor]) -> Any:
     """Data in place of DeviceTensors; adds all tensors to `given`."""
-    if isinstance(tree, DeviceTensor):
+    kind = type(tree)
+    if kind is DeviceTensor:
         given.append(tree)
         return tree.inner
+    if kind in PLAIN:
+        return tree
     if isinstance(tree, Tensor):
         assert tree.is_cpu, "made by C++, which knows no such device"
         given.append(tree)
@@ -195,6 +201,14 @@ def _inner(tree: Any, given: list[Tensor]) -> Any:
     if isinstance(tree, tuple | list):
         return [_inner(x, given) for x in tree]
     return tree
+
+
+def _on_device(result: Tensor, given: Sequence[Tensor]) -> Tensor:
+    """What was written is what comes back, and all else is new."""
+    for x in given:
+        if _data(x) is result:
+            return x
+    return DeviceTensor(result)
 
 
 def _mapped(change: Callable[[Tensor], Tensor], tree: Any) -> Any:

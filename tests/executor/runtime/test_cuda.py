@@ -106,8 +106,8 @@ def test_the_backend_runs_on_a_card_that_is_none(tiny_folders, name, capability,
     with installed(capability):
         backend = make_backend(ACCELERATOR, None)
         with generator(folder, policy, backend=backend) as made:
-            done = generate(made, requests(PROMPTS[:12], max_tokens=MAX_TOKENS))
-    wanted = dict(list(expected(folder).items())[:12])
+            done = generate(made, requests(PROMPTS[:12], max_tokens=3))
+    wanted = {name: tokens[:3] for name, tokens in list(expected(folder).items())[:12]}
     assert {name: completion.tokens for name, completion in done.items()} == wanted
 
 

@@ -5,9 +5,10 @@ import os
 import signal
 import threading
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 from executor.bench.plan import BenchOptions, model_of
 from executor.checkpoint import Checkpoint
@@ -69,6 +70,7 @@ def test_what_is_needed_is_fetched_once(hub, monkeypatch):
 
 def test_what_was_cut_short_goes_on_where_it_ended(hub, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # less than that of a file is not kept
+    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda _: None))  # a second before each new try
     hub.broken_after = 10_000
     opened(locate(NAME))
     assert hub.broken

@@ -37,6 +37,7 @@ from tests.executor.runtime.support import (
 from tests.executor.runtime.test_parity import MAX_TOKENS, POLICIES, PROMPTS, expected, policy_of
 from tests.executor.tiny_models import random_prompts
 
+FEW = PROMPTS[:8]  # two micro-batches: of each lane's copies some are late
 PINNED = ("exchange", "prefill_hidden", "kv_cache", "weights")
 
 
@@ -53,6 +54,10 @@ def late(device):
         return LateBackend(device, kernels_named("plain"), pinned_bytes=pinned_bytes)
 
     return make
+
+
+def first_tokens(folder):
+    return dict(list(expected(folder).items())[: len(FEW)])
 
 
 def staged(spec, policy) -> Planned:
@@ -80,9 +85,9 @@ def test_weights_that_cannot_be_pinned_are_staged(folder, late, name):
         assert made.policy == fallback.policy
         assert made.plan == fallback.memory
         assert made.pageable == ()
-        done = generate(made, requests(PROMPTS, max_tokens=MAX_TOKENS))
+        done = generate(made, requests(FEW, max_tokens=MAX_TOKENS))
         assert sum(made.peak_bytes["cpu"].values()) <= made.plan.cpu.planned_bytes
-    assert {name: one.tokens for name, one in done.items()} == expected(folder)
+    assert {name: one.tokens for name, one in done.items()} == first_tokens(folder)
     assert backend.pageable_bytes[Lane.STAGE] > 0
     assert backend.pageable_bytes[Lane.H2D] == backend.pageable_bytes[Lane.D2H] == 0
 
@@ -124,8 +129,8 @@ def test_what_else_is_pinned_is_what_there_is_room_for(folder, late, attention, 
         assert made.pageable == ("kv_cache",)
         assert "no room to pin kv cache" in made.notice
         assert sum(backend.pinned.values()) == always + hidden
-        done = generate(made, requests(PROMPTS, max_tokens=MAX_TOKENS))
-    assert {name: one.tokens for name, one in done.items()} == expected(folder)
+        done = generate(made, requests(FEW, max_tokens=MAX_TOKENS))
+    assert {name: one.tokens for name, one in done.items()} == first_tokens(folder)
     assert backend.pageable_bytes[Lane.D2H] > 0
 
 

@@ -95,7 +95,9 @@ MET = [
 
 @pytest.mark.usefixtures("flash_takes_float32")
 @pytest.mark.parametrize(("name", "kernels"), MET)
-def test_greedy_tokens(folder, device, name, kernels):
+def test_greedy_tokens(tiny_folders, device, name, kernels):
+    """Of the model with the fewest experts, each of which is many operators of the device's."""
+    folder = tiny_folders["tied"]
     policy = policy_of(folder, ScheduleName.CGOPIPE, POLICIES[name])
     got = late_tokens(folder, policy, device, kernels, max_tokens=FEW_TOKENS)
     assert got == first_tokens(folder)

@@ -17,21 +17,19 @@ from tests.executor.group.threads import with_ranks
 from tests.executor.runtime.fake_cuda import ACCELERATOR, installed
 from tests.executor.runtime.support import GPU, architecture, generate, requests
 from tests.executor.runtime.test_cuda import on_a_card
-from tests.executor.runtime.test_parity import (
-    MAX_TOKENS,
-    POLICIES,
-    PROMPTS,
-    SCHEDULES,
-    expected,
-    facts_of_case,
-    in_turn,
-    policy_of,
-)
+from tests.executor.runtime.test_parity import POLICIES, PROMPTS, SCHEDULES, facts_of_case, in_turn, policy_of
+from tests.executor.runtime.test_parity import expected as continuations
 from tests.executor.tiny_models import DBRX, MODELS
+
+MAX_TOKENS = 3  # one step of decode after which another comes, and a last one
 
 
 def tokens(made: Generator, _: Group, prompts: list[list[int]] = PROMPTS) -> dict[str, tuple[int, ...]]:
     return {name: done.tokens for name, done in generate(made, requests(prompts, max_tokens=MAX_TOKENS)).items()}
+
+
+def expected(folder: Path, count: int = len(PROMPTS)) -> dict[str, tuple[int, ...]]:
+    return {name: tokens[:MAX_TOKENS] for name, tokens in list(continuations(folder).items())[:count]}
 
 
 CASES = in_turn(lambda index, _: (2, 4)[index % 6 == 2])
@@ -115,7 +113,7 @@ def test_ranks_on_one_card_sum_up_through_the_hosts_memory(tiny_folders, monkeyp
     few = PROMPTS[:12]  # three micro-batches
     with installed((9, 0)):
         found = with_ranks(folder, policy, 2, partial(tokens, prompts=few), accelerator=ACCELERATOR)
-    assert found == [dict(list(expected(folder).items())[: len(few)])] * 2
+    assert found == [expected(folder, len(few))] * 2
 
 
 class TestOnACard:

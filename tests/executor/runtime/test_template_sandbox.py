@@ -29,9 +29,6 @@ ENDLESS = {
     "an operator that formats": "{{ '%1000000000d' % 1 }}",
     "batches": "{{ '' | batch(10 ** 9, 'x') | list }}",
     "a range": "{{ range(10 ** 9) | list }}",
-    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "loops over a text": "{% set t = 'x' * 9999 %}{% for a in t %}{% for b in t %}{% endfor %}{% endfor %}",
-    "recursion in two": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "a text joined to itself": GROWING.format("{% set ns.x = ns.x ~ ns.x %}"),
     "a text added to itself": GROWING.format("{% set ns.x = ns.x + ns.x %}"),
     "a block of itself": GROWING.format("{% set t %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = t %}"),
@@ -39,6 +36,14 @@ ENDLESS = {
     "a join method": GROWING.format("{% set ns.x = ns.x.join([ns.x, ns.x]) %}"),
     "a replacement": GROWING.format("{% set ns.x = ns.x.replace('a', ns.x) %}"),
     "much text in a loop": "{% for i in range(99999) %}" + "y" * 99999 + "{% endfor %}",
+}
+# What takes no room goes on until its time is over.
+LASTING = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "loops over a text": "{% set t = 'x' * 9999 %}{% for a in t %}{% for b in t %}{% endfor %}{% endfor %}",
+    "recursion in two": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "a loop with continue": "{% for i in range(10 ** 5) %}{% for j in range(10 ** 5) %}"
+    "{% continue %}{% endfor %}{% endfor %}",
 }
 
 
@@ -53,6 +58,14 @@ def test_a_template_that_would_not_end_is_refused_in_little_room(source, monkeyp
         assert tracemalloc.get_traced_memory()[1] < 300e6
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("source", LASTING.values(), ids=LASTING)
+def test_a_template_that_goes_on_and_on_is_refused_when_its_time_is_over(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 0.1)
+    (tmp_path / "chat_template.jinja").write_text(source)
+    with pytest.raises(JobError, match="must suit the model's chat template"):
+        rendered(tmp_path)
 
 
 SHARES = st.lists(
@@ -113,8 +126,6 @@ GROWING_TAGS = {
     "an indent of texts": "{{ messages | tojson(indent='x' * 10 ** 6) }}",
     "separators": "{{ messages | tojson(separators=(',' * 10 ** 6, ':')) }}",
     "generations": "{% for i in range(10 ** 5) %}{% generation %}" + "y" * 9999 + "{% endgeneration %}{% endfor %}",
-    "a loop with continue": "{% for i in range(10 ** 5) %}{% for j in range(10 ** 5) %}"
-    "{% continue %}{% endfor %}{% endfor %}",
 }
 
 

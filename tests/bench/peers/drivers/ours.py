@@ -63,6 +63,10 @@ class Ours(Engine):
         bench = self._stack.enter_context(Bench(options))
         self._run = self._stack.enter_context(bench.start(bench.policy_file.policy.schedule))
 
+    def close(self) -> None:
+        """End the lanes."""
+        self._stack.close()
+
     def generate(self, prompts: Tokens, new_tokens: int) -> Tokens:
         """All prompts as one job."""
         assert self._run is not None
