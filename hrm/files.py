@@ -54,7 +54,9 @@ def read_regular(
         try:
             size = os.fstat(file.fileno()).st_size
             # The size that is told may be 0 (in /proc) or outdated: what is read counts.
-            content = b"" if size > max_bytes else file.read(max_bytes + 1)
+            content = b"" if size > max_bytes else file.read(size + 1)
+            if len(content) > size:
+                content += file.read(max_bytes + 1 - len(content))
         except OSError as error:
             raise _unreadable(error, where, what, error_type, remedy) from error
     if max(size, len(content)) > max_bytes:

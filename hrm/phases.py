@@ -19,7 +19,9 @@ from hrm.workload import Workload
 
 MAX_TASKS: Final = 700  # of longer graphs fewer layers are simulated
 _OF_DECODE: Final = 6  # times fewer are enough of a decode step, whose layers follow one another without an end
-MAX_CHUNKS: Final = 125  # that are simulated, and fewer if they have more tasks in a layer; of more, each stands for several
+MAX_CHUNKS: Final = (
+    125  # that are simulated, and fewer if they have more tasks in a layer; of more, each stands for several
+)
 _MAX_TASKS_A_LAYER: Final = 2000
 _MIN_CHUNKS: Final = 16
 MAX_MICRO_BATCHES: Final = 512  # that are simulated; of more, each stands for several
