@@ -17,8 +17,8 @@ from hrm.tasks import Phase
 from hrm.trace import Trace
 from hrm.workload import Workload
 
-MAX_TASKS: Final = 700  # of longer graphs fewer layers are simulated
-_OF_DECODE: Final = 6  # times fewer are enough of a decode step, whose layers follow one another without an end
+MAX_TASKS: Final = 350  # of longer graphs fewer layers are simulated
+_OF_DECODE: Final = 3  # times fewer are enough of a decode step, whose layers follow one another without an end
 MAX_CHUNKS: Final = (
     125  # that are simulated, and fewer if they have more tasks in a layer; of more, each stands for several
 )

@@ -55,20 +55,16 @@ def shortened(work: TaskWork, most_layers: float) -> Shortened:
 @lru_cache
 def _chosen(forms: tuple[_Form, ...], most: int, *, gaps: int) -> tuple[list[int], tuple[float, ...]]:
     """The layers that are simulated, and for how many others each of them stands."""
+    most = max(most, _LEAST_LAYERS)
     if most >= len(forms):
         return list(range(len(forms))), ()
     in_turn = _in_turn(forms)
-    to_be_seen = _to_be_seen(in_turn)
-    most = max(most, _LEAST_LAYERS)
-    for more in range(_SOME_MORE):
-        kept = _kept(forms, min(most + more, len(forms)), gaps=gaps)
-        if to_be_seen <= _seen(forms, kept):
-            break
-    else:
-        for layers in sorted(to_be_seen, key=in_turn.index):
-            if layers not in _seen(forms, kept):
-                places = [layer for layer, each in enumerate(in_turn) if each == layers]
-                kept = sorted({*kept, *_around(places[len(places) // 2], len(forms))})
+    to_be_seen = _to_be_seen(in_turn[2:-1])  # but for the ends, which are kept
+    tried = (_kept(forms, min(most + more, len(forms)), gaps=gaps) for more in range(_SOME_MORE))
+    kept = next((kept for kept in tried if to_be_seen <= _seen(forms, kept)), None) or _kept(forms, most, gaps=gaps)
+    for layers in sorted(to_be_seen - _seen(forms, kept), key=in_turn.index):
+        places = [layer for layer, each in enumerate(in_turn) if each == layers]
+        kept = sorted({*kept, *_around(places[len(places) // 2], len(forms))})
     return kept, _stands_for(forms, kept)
 
 

@@ -153,7 +153,7 @@ def test_what_is_left_out_of_long_graphs_waits_as_what_is_simulated(monkeypatch,
         with monkeypatch.context() as patch:
             patch.setattr(sys.modules[step_seconds.__module__], "MAX_TASKS", 10**9)
             whole = estimate(case.spec, policy, case.profile, case.workload)
-        assert short.tokens_per_s == pytest.approx(whole.tokens_per_s, rel=0.015), policy
+        assert short.tokens_per_s == pytest.approx(whole.tokens_per_s, rel=0.03), policy
 
 
 @pytest.mark.parametrize("model", ["qwen3-next", "qwen3.5-35b-a3b", "deepseek-v3"])

@@ -106,13 +106,13 @@ def test_a_format_is_asked_for_by_name(hrm, hrm_json, refused):
 WHAT_IF = ["whatif", "--formats", "--model", "olmoe-1b-7b", "--gpus", "1xT4", "--gpu-memory", "4GB", "--requests", "16"]
 FORMATS_TEXT = """\
 weights              KV cache  bytes    GPU      host     change  tokens/s  (N, μ, A_g, F_g, r_w, r_c)    decode limit
-float16              float16   13.8 GB  3.79 GB  12.1 GB  +0.0%   64.83     (16, 16, 1, 0, 0.112, 1.000)  CPU launches
-experts in fp8       float16   7.41 GB  3.80 GB  4.90 GB  +34.6%  87.29     (16, 8, 1, 0, 0.337, 1.000)   CPU launches
-experts in int8      float16   7.41 GB  3.80 GB  4.90 GB  +34.6%  87.29     (16, 8, 1, 0, 0.337, 1.000)   CPU launches
+float16              float16   13.8 GB  3.80 GB  12.1 GB  +0.0%   64.8      (16, 16, 0, 0, 0.156, 0.000)  CPU launches
+experts in fp8       float16   7.41 GB  3.80 GB  4.90 GB  +34.7%  87.29     (16, 8, 1, 0, 0.337, 1.000)   CPU launches
+experts in int8      float16   7.41 GB  3.80 GB  4.90 GB  +34.7%  87.29     (16, 8, 1, 0, 0.337, 1.000)   CPU launches
 experts in int4-g32  float16   4.58 GB  2.81 GB  2.79 GB  +29.4%  83.88     (16, 8, 1, 0, 0.392, 1.000)   CPU launches
 experts in mxfp4     float16   4.38 GB  2.66 GB  2.73 GB  +25.2%  81.15     (16, 8, 1, 0, 0.376, 1.000)   CPU launches
-float16              fp8       13.8 GB  3.80 GB  11.8 GB  +1.7%   65.93     (16, 16, 1, 0, 0.136, 1.000)  CPU launches
-float16              int8      13.8 GB  3.80 GB  11.8 GB  +1.7%   65.93     (16, 16, 1, 0, 0.136, 1.000)  CPU launches
+float16              fp8       13.8 GB  3.80 GB  11.8 GB  +1.8%   65.93     (16, 16, 1, 0, 0.136, 1.000)  CPU launches
+float16              int8      13.8 GB  3.80 GB  11.8 GB  +1.8%   65.93     (16, 16, 1, 0, 0.136, 1.000)  CPU launches
 """
 
 
