@@ -145,6 +145,7 @@ def prefill_seconds(costs: Costs, policy: Policy, workload: Workload, *, stretch
     work = prefill_work(costs, policy, workload, shape=shape, max_chunks=affordable, stretch=stretch)
     in_one = float(workload.chunks(policy.batch_size, policy.prefill_chunk_tokens)) / work.pipeline.num_micro_batches
     tasks_a_layer = tasks_a_chunk * work.pipeline.num_micro_batches
+    tasks_a_layer += work.pipeline.num_pages * any(work.pipeline.streamed)
     short = shortened(work, MAX_TASKS / tasks_a_layer)
     walk = _walked(short.work, in_one, pages_in_one)
     return max(walk.end_s) + short.left_out_s(walk.layer_s)
