@@ -242,8 +242,8 @@ def _add_batch(
     prediction.phase_s[Phase.DECODE] += count * (costs.prefills_in_turn - 1) * prefill.makespan_s
     if not decode_steps:
         return
-    # Requests that end early leave the others more room: the mean number active decides.
-    active = requests * (lengths.gen_len - 1) / decode_steps
+    # Requests that end early leave the others more room: the mean number active decides. Failed ones have no tokens.
+    active = requests * max(lengths.gen_len - 1, 0.0) / decode_steps
     context = lengths.prompt_len + lengths.gen_len / 2
     work = decode_work(costs, smaller, context, num_steps=1, tokens=active / smaller.num_micro_batches)
     step_s = step_seconds(costs, smaller, context, tokens=work.tokens)

@@ -126,3 +126,14 @@ def test_batches_that_are_counted_together_are_predicted_each(folder):
     assert together.phase_s[Phase.PREFILL] == pytest.approx(
         4 * predict_ranks(replace(record, batches=[batch]))[0].phase_s[Phase.PREFILL]
     )
+
+
+@pytest.mark.parametrize("gen_len", [0.0, 0.004])
+def test_a_run_most_of_whose_requests_failed_is_predicted_with_none_that_decode(folder, gen_len):
+    """Fewer than a token each on average: none is active in decode, rather than fewer than none."""
+    record = read_run(folder)
+
+    def predicted(mean: float) -> dict[Phase, float]:
+        return predict_ranks(replace(record, workload=replace(record.workload, gen_len=mean)))[0].phase_s
+
+    assert predicted(gen_len)[Phase.DECODE] == pytest.approx(predicted(1.0)[Phase.DECODE], rel=0.01)
