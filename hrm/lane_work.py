@@ -12,6 +12,7 @@ from hrm.tasks import Act, Lane
 
 CHAIN: Final = len(Lane) + 1  # the place of the chain among `PhaseSeconds.terms`
 _NEARLY_NOTHING_S: Final = 1e-12
+_NEARLY_NOTHING: Final = 1e-12  # of a phase: what the lanes that use the host's memory take at least beside it
 
 
 class PhaseSeconds(NamedTuple):
@@ -66,7 +67,7 @@ class PhaseSeconds(NamedTuple):
         half = (contended + float(self.chain_s)) / 2
         of_chain = half + sqrt(max(half**2 - apart * contended, 0.0))
         phase_s = max(*(float(seconds) for seconds in self.lanes.values()), float(self.host_memory_s), of_chain)
-        return phase_s / (phase_s - contended)
+        return phase_s / max(phase_s - contended, _NEARLY_NOTHING * phase_s)
 
 
 def contended_s(lanes: Mapping[Lane, Number], host_memory_s: Number) -> float:
