@@ -19,10 +19,8 @@ from hrm.workload import Workload
 
 MAX_TASKS: Final = 350  # of longer graphs fewer layers are simulated
 _OF_DECODE: Final = 3  # times fewer are enough of a decode step, whose layers follow one another without an end
-MAX_CHUNKS: Final = (
-    125  # that are simulated, and fewer if they have more tasks in a layer; of more, each stands for several
-)
-_MAX_TASKS_A_LAYER: Final = 2000
+MAX_CHUNKS: Final = 125  # that are simulated; of more, each stands for several
+_MAX_TASKS_A_LAYER: Final = 2000  # of prefill: chunks with more are fewer
 _MIN_CHUNKS: Final = 16
 MAX_MICRO_BATCHES: Final = 512  # that are simulated; of more, each stands for several
 _TASKS_A_MICRO_BATCH: Final = 8  # of a decode step, in each layer
@@ -31,8 +29,8 @@ _STEPS: Final = 3  # of which the one that is timed, between the same layer of t
 _WARM_LAYER: Final = 2  # at whose end the first step is like all others
 _SHORT: Final = 4000  # tasks about of a graph whose order is kept
 _ACT_AND_LAYER: Final = itemgetter(0, 1)  # of a task: those that share both take equally long
-# By layers and stretch of a work: seconds of its distinct tasks, by their number, which hold in any context.
-_Known = dict[tuple[int, Stretch], dict[int, float]]
+# By the stretch of a work: seconds of its distinct tasks, by their number, which hold in any context.
+_Known = dict[Stretch, dict[int, float]]
 
 
 def decode_work(
@@ -131,9 +129,7 @@ def steps_seconds(
 
     first = next(iter(stretches), 0.0)
     work = decode_work(costs, policy, first, num_steps=_STEPS, tokens=tokens, shape=shape, stretch=ALONE)
-    tasks_a_layer = _TASKS_A_MICRO_BATCH * max(shape.num_micro_batches, work.pipeline.num_pages)
-    tasks_a_layer += shape.num_micro_batches * _tasks_of_parts(work.pipeline.parts)
-    short = shortened(work, MAX_TASKS / _OF_DECODE / tasks_a_layer)
+    short = shortened(work, MAX_TASKS / _OF_DECODE / _tasks_a_layer(work.pipeline))
     return [seconds(replace(short.work, context=context, stretch=stretch)) for context, stretch in stretches.items()]
 
 
@@ -149,6 +145,12 @@ def prefill_seconds(costs: Costs, policy: Policy, workload: Workload, *, stretch
     short = shortened(work, MAX_TASKS / tasks_a_layer)
     walk = _walked(short.work, in_one, pages_in_one)
     return max(walk.end_s) + short.left_out_s(walk.layer_s)
+
+
+def _tasks_a_layer(pipeline: Pipeline) -> int:
+    """About how many tasks a step has in a layer, or at most prefill."""
+    of_each = _TASKS_A_MICRO_BATCH * max(pipeline.num_micro_batches, pipeline.num_pages)
+    return of_each + pipeline.num_micro_batches * _tasks_of_parts(pipeline.parts)
 
 
 def _tasks_of_parts(parts: Sequence[int]) -> int:
@@ -194,14 +196,14 @@ def _walked(work: TaskWork, in_one: float, pages_in_one: float, known: _Known | 
 
     A micro-batch or chunk of the work stands for `in_one` of them, and so takes that much longer; a
     page of weights for `pages_in_one` smaller ones, if there are several. What is `known` is of works
-    that differ from this one in their layers, stretch and context only; what is worked out joins it.
+    that differ from this one in their stretch and context only; what is worked out joins it.
     """
     pipeline = work.pipeline
     pages_in_one = pages_in_one if pipeline.num_pages > 1 else 1.0
     order = _order(pipeline, work.policy.schedule)
     pages = round(pipeline.num_pages * pages_in_one)
     seconds_of = replace(work, pipeline=replace(pipeline, num_pages=pages)).seconds_of()
-    others = {} if known is None else known.setdefault((pipeline.num_layers, work.stretch), {})
+    others = {} if known is None else known.setdefault(work.stretch, {})
     seconds: list[float] = []
     for number, task_id in enumerate(order.distinct):
         of_task = others.get(number)
@@ -217,9 +219,7 @@ def _order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
     """The order of a pipeline's tasks, which other contexts, costs, machines and searches ask for again."""
     if not any(pipeline.streamed):
         pipeline = replace(pipeline, num_pages=1, dense_pages=0)
-    tasks_a_layer = _TASKS_A_MICRO_BATCH * max(pipeline.num_micro_batches, pipeline.num_pages)
-    tasks_a_layer += pipeline.num_micro_batches * _tasks_of_parts(pipeline.parts)
-    is_short = pipeline.num_layers * tasks_a_layer <= _SHORT
+    is_short = pipeline.num_layers * _tasks_a_layer(pipeline) <= _SHORT
     return _short_order(pipeline, schedule) if is_short else _long_order(pipeline, schedule)
 
 

@@ -60,8 +60,8 @@ def _chosen(forms: tuple[_Form, ...], most: int, *, gaps: int) -> tuple[list[int
         return list(range(len(forms))), ()
     in_turn = _in_turn(forms)
     to_be_seen = _to_be_seen(in_turn[2:-1])  # but for the ends, which are kept
-    tried = (_kept(forms, min(most + more, len(forms)), gaps=gaps) for more in range(_SOME_MORE))
-    kept = next((kept for kept in tried if to_be_seen <= _seen(forms, kept)), None) or _kept(forms, most, gaps=gaps)
+    tried = [_kept(forms, min(most + more, len(forms)), gaps=gaps) for more in range(_SOME_MORE)]
+    kept = next((kept for kept in tried if to_be_seen <= _seen(forms, kept)), tried[0])
     for layers in sorted(to_be_seen - _seen(forms, kept), key=in_turn.index):
         places = [layer for layer, each in enumerate(in_turn) if each == layers]
         kept = sorted({*kept, *_around(places[len(places) // 2], len(forms))})
