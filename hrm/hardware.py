@@ -6,7 +6,9 @@ Every figure says where it came from; a rate may be a curve over size where it b
 """
 
 import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Final, Literal
 
 from hrm.errors import ProfileError
@@ -108,7 +110,7 @@ class LaneThreads:
     task_s: Figure
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class HardwareProfile:
     """A whole machine: levels from fast to slow and the links between them.
 
@@ -171,6 +173,16 @@ class HardwareProfile:
                 self.link(fast, fast, "peer")
         if self.gpus:
             _check_gpus(self)
+
+    @cached_property
+    def _parts(self) -> "dict[Hashable, HardwareProfile]":
+        return {}
+
+    def part(self, key: Hashable, make: "Callable[[], HardwareProfile]") -> "HardwareProfile":
+        """A part of the machine, which is made once: searches ask for the same ones again and again."""
+        if key not in self._parts:
+            self._parts[key] = make()
+        return self._parts[key]
 
     @property
     def has_accelerator(self) -> bool:

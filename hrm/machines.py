@@ -165,6 +165,10 @@ def one_part(profile: HardwareProfile, *, is_stage: bool) -> HardwareProfile:
     It is a stage of a pipeline, or a rank in tensor parallel, which keeps its link to the others. Where
     GPUs are not all alike, it has of everything as little as any of them has while all are in use.
     """
+    return profile.part(("one", is_stage), lambda: _one_part(profile, is_stage=is_stage))
+
+
+def _one_part(profile: HardwareProfile, *, is_stage: bool) -> HardwareProfile:
     count = profile.num_gpus
     part = _Times(1 / count, f"one of {count} parts").of(profile)
     if profile.gpus:
@@ -180,6 +184,10 @@ def one_part(profile: HardwareProfile, *, is_stage: bool) -> HardwareProfile:
 
 def stage_part(profile: HardwareProfile, index: int, share: float) -> HardwareProfile:
     """The stage of a pipeline on the GPU of that number, with such a share of the host."""
+    return profile.part(("stage", index, share), lambda: _stage_part(profile, index, share))
+
+
+def _stage_part(profile: HardwareProfile, index: int, share: float) -> HardwareProfile:
     count = profile.num_gpus
     of_gpu, of_host = _Times(1 / count, f"one of {count} parts"), _Times(share, f"{share:.3g} of it")
     crossing = [link for link in profile.links if link.source != link.target]
