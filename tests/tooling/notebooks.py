@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import nbformat
@@ -21,36 +22,49 @@ FEWER = {  # what is asked for in haste: fewer tokens of fewer requests, fewer m
 }
 
 
-def execute(path: Path, inside: Path = ROOT, *, hasty: bool = False) -> NotebookNode:
-    """The notebook with fresh outputs, run in a folder, with the checkout's own packages.
+def execute(notebook: NotebookNode, inside: Path, path: Sequence[Path] = (ROOT,)) -> None:
+    """Give the notebook fresh outputs, run in a folder, with the packages on that path.
 
-    In haste, the machine is profiled with arrays so small that the figures mean nothing, and less is asked for.
     Raises CellExecutionError where a cell fails.
     """
-    folders = [HASTY, ROOT] if hasty else [ROOT]
-    notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells if hasty else ():
-        for asked, fewer in FEWER.items():
-            cell.source = cell.source.replace(asked, fewer)
     client = NotebookClient(
         notebook, timeout=300, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(inside)}}
     )
-    client.execute(env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))})
+    client.execute(env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))})
     # What differs from one Python to the next is no business of the file's.
     notebook.metadata.language_info = {"name": "python"}
-    return notebook
+
+
+def execute_in_haste(notebooks: Mapping[str, NotebookNode], inside: Path) -> None:
+    """Give notebooks outputs that mean nothing: of less than they ask for, on a machine that is hardly measured.
+
+    All run in one process, which imports what they have in common once; each begins without names, in a folder of its
+    own name. Raises CellExecutionError where a cell fails.
+    """
+    together = nbformat.v4.new_notebook()
+    for name, notebook in notebooks.items():
+        (inside / name).mkdir()
+        together.cells += [nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {inside / name}"), *notebook.cells]
+        for cell in notebook.cells:
+            for asked, fewer in FEWER.items():
+                cell.source = cell.source.replace(asked, fewer)
+    execute(together, inside, (HASTY, ROOT))
 
 
 def main() -> None:
     """Execute all notebooks, or those named, and write them back."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("notebooks", nargs="*", type=Path, default=sorted(FOLDER.glob("*.ipynb")))
-    parser.add_argument("--inside", type=Path, default=ROOT, help="the folder they run in")
-    parser.add_argument("--hasty", action="store_true", help="profile without care: the outputs are thrown away")
+    parser.add_argument("--in-haste-inside", type=Path, help="the folder they run in, their outputs to be thrown away")
     arguments = parser.parse_args()
-    for path in arguments.notebooks:
-        sys.stdout.write(f"{path.name}\n")
-        nbformat.write(execute(path, arguments.inside, hasty=arguments.hasty), path)
+    notebooks = {path: nbformat.read(path, as_version=4) for path in arguments.notebooks}
+    if arguments.in_haste_inside:
+        execute_in_haste({path.stem: notebook for path, notebook in notebooks.items()}, arguments.in_haste_inside)
+    for path, notebook in notebooks.items():
+        if not arguments.in_haste_inside:
+            sys.stdout.write(f"{path.name}\n")
+            execute(notebook, ROOT)
+        nbformat.write(notebook, path)
 
 
 if __name__ == "__main__":
