@@ -1,6 +1,6 @@
 """What a policy will do on a machine: closed form (the bound) and simulation (with its bubbles)."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, inf
@@ -37,6 +37,9 @@ class PhaseEstimate:
         return self.work.lane_s
 
 
+_Batches = tuple[tuple[PhaseEstimate, PhaseEstimate], ...]  # prefill and decode of batches by size
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageEstimate:
     """What the stage of a pipeline on the GPU of that number does in the whole job, and what it needs."""
@@ -45,7 +48,7 @@ class StageEstimate:
     policy: Policy
     part: Part
     turns: tuple[Turn, ...]
-    batches: tuple[tuple[PhaseEstimate, PhaseEstimate], ...]
+    batches: _Batches
     memory: MemoryPlan
 
     @cached_property
@@ -193,12 +196,19 @@ def estimate_above(
     generated_tokens = requests * workload.generated_tokens
     most_s = generated_tokens / tokens_per_s if tokens_per_s > 0 else inf
     stages: list[StageEstimate] = []
+    known: dict[Hashable, _Batches | None] = {}
     for index, (share, memory) in enumerate(zip(shares, plan_shares(shares, profile), strict=True)):
         own_turns = _of_share(turns, index if policy.stage_lengths else None)
-        stage = _stage(index, share, own_turns, workload, memory, runtime, most_s)
-        if stage is None:
+        if (same := _what_tells_apart(share, own_turns)) not in known:
+            known[same] = _batches(share, own_turns, workload, runtime, most_s)
+        batches = known[same]
+        if batches is None:
             return None
-        stages.append(stage)
+        stages.append(
+            StageEstimate(
+                gpu=index, policy=share.policy, part=share.part, turns=own_turns, batches=batches, memory=memory
+            )
+        )
     slowest = _slowest(stages)
     prefill, decode = (stage.phases[phase] for phase, stage in enumerate(_slowest_in_phases(stages)))
     return Estimate(
@@ -244,16 +254,16 @@ def _of_share(turns: Sequence[Turn], stage: int | None) -> tuple[Turn, ...]:
     return tuple(Turn(turn.policy.of_stage(stage), turn.times) for turn in turns)
 
 
-def _stage(
-    gpu: int,
-    share: Share,
-    turns: tuple[Turn, ...],
-    workload: Workload,
-    memory: MemoryPlan,
-    runtime: Runtime,
-    most_s: float,
-) -> StageEstimate | None:
-    """What a stage does; None if decode is so slow that the job takes longer than `most_s`, however good prefill is."""
+def _what_tells_apart(share: Share, turns: tuple[Turn, ...]) -> Hashable:
+    """Stages for which this is the same take equally long: they may have other layers of the model, but such ones."""
+    spec = share.part.spec
+    return spec.layers, spec.has_embedding, spec.has_head, share.part.profile.name, turns
+
+
+def _batches(
+    share: Share, turns: tuple[Turn, ...], workload: Workload, runtime: Runtime, most_s: float
+) -> _Batches | None:
+    """A stage's phases; None if decode is so slow that the job takes longer than `most_s`, however good prefill is."""
     costs = Costs(share.part.spec, share.part.profile, share.policy.formats, runtime)
     prefills = [prefill_phase(costs, turn.policy, workload) for turn in turns]
     decodes = [_decode(costs, turn.policy, workload) for turn in turns]
@@ -263,12 +273,9 @@ def _stage(
     )
     if least_s > most_s:
         return None
-    batches = [
+    return tuple(
         (_prefill(costs, turn.policy, workload, prefill), decode)
         for turn, prefill, decode in zip(turns, prefills, decodes, strict=True)
-    ]
-    return StageEstimate(
-        gpu=gpu, policy=share.policy, part=share.part, turns=turns, batches=tuple(batches), memory=memory
     )
 
 

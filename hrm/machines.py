@@ -183,8 +183,9 @@ def _one_part(profile: HardwareProfile, *, is_stage: bool) -> HardwareProfile:
 
 
 def stage_part(profile: HardwareProfile, index: int, share: float) -> HardwareProfile:
-    """The stage of a pipeline on the GPU of that number, with such a share of the host."""
-    return profile.part(("stage", index, share), lambda: _stage_part(profile, index, share))
+    """The stage of a pipeline on the GPU of that number, with such a share of the host; the same on GPUs alike."""
+    which = index if profile.gpus else 0
+    return profile.part(("stage", which, share), lambda: _stage_part(profile, which, share))
 
 
 def _stage_part(profile: HardwareProfile, index: int, share: float) -> HardwareProfile:
@@ -194,7 +195,7 @@ def _stage_part(profile: HardwareProfile, index: int, share: float) -> HardwareP
     within = [link for link in profile.links if link.source == link.target and link.kind != "peer"]
     part = replace(
         profile,
-        name=f"GPU {index} of {profile.name}",
+        name=f"GPU {index} of {profile.name}" if profile.gpus else f"a GPU of {profile.name}",
         num_gpus=1,
         num_stages=count,
         gpus=(),

@@ -1,5 +1,6 @@
 """Pipelines of unequal GPUs: stages of their own lengths, planned, predicted and searched."""
 
+import sys
 from dataclasses import replace
 from itertools import product
 from random import Random
@@ -172,6 +173,29 @@ def test_first_tokens_come_when_the_last_batch_has_gone_through_all_stages(seed)
     )
     assert latency.last_ttft_s == latency.mean_ttft_s == pytest.approx(first_tokens_s(prefill_s))
     assert latency.tpot_s == 2 * count
+
+
+def test_stages_that_do_the_same_are_worked_out_once_and_others_by_themselves(monkeypatch):
+    estimates = sys.modules["hrm.estimate"]
+    rng, profile, worked_out = Random(0), machine(*4 * (FAST,)), []
+    batches = estimates._batches
+    monkeypatch.setattr(estimates, "_batches", lambda *args: worked_out.append(args) or batches(*args))
+    once = 0
+    for _ in range(12):
+        layers = [*SPEC.layers, *SPEC.layers]
+        layers.insert(rng.choice([0, 8]), SPEC.layers[0].with_window(16))
+        spec = SPEC.with_layers(layers)
+        lengths = rng.choice([(4, 3, 3, 3), (2, 4, 4, 3), (3, 3, 3, 4)])
+        counts = rng.choice([(1,) * 13, tuple(rng.choices([1, 2], k=13))])
+        policy = a_policy(spec, lengths, resident_experts=counts, batch_size=rng.choice([24, 32]))
+        workload = replace(WORKLOAD, num_requests=rng.choice([None, 80]))
+        worked_out.clear()
+        together = estimate(spec, policy, profile, workload)
+        once += 4 - len(worked_out)
+        with monkeypatch.context() as patch:
+            patch.setattr(estimates, "_what_tells_apart", lambda *_: object())
+            assert together == estimate(spec, policy, profile, workload)
+    assert 3 < once < 12 * 2
 
 
 def test_no_gpu_holds_more_than_it_has_and_the_host_is_that_of_all():
