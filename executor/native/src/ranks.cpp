@@ -4,8 +4,8 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <thread>
 
-#include <sched.h>
 #ifdef __linux__
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -14,14 +14,14 @@
 #endif
 
 #include "calls.hpp"
+#include "threads.hpp"
 
 namespace native {
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int64_t LINE = 64;                     // bytes that processors hand over at once
-constexpr std::chrono::microseconds AWAKE{30};   // before a rank sleeps, from which a virtual machine's core wakes late
+constexpr int64_t LINE = 64;                    // bytes that processors hand over at once
 constexpr std::chrono::milliseconds LOOK{20};    // after which a waiting rank looks whether the other is still there
 
 // Sleep until somebody wakes those who wait at `count`, unless it is no longer `seen`, or until it is time to look.
@@ -31,7 +31,7 @@ void sleep_at(std::atomic<int32_t>* count, int32_t seen) {
     syscall(SYS_futex, count, FUTEX_WAIT, seen, &until, nullptr, 0);
 #else
     (void)count, (void)seen;
-    sched_yield();
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
 #endif
 }
 
@@ -87,14 +87,10 @@ class Ranks {
     }
 
     // Awake for about as long as waking up takes, and asleep from then on: of a rank's few cores its other threads
-    // have need meanwhile, and go first.
+    // have need meanwhile.
     void wait_for(int other, nb::handle look) const {
-        if (has_come(other)) return;
         const Clock::time_point begin = Clock::now();
-        while (Clock::now() - begin < AWAKE) {
-            sched_yield();
-            if (has_come(other)) return;
-        }
+        if (has_come(other) || awake_until([&] { return has_come(other); })) return;
         while (true) {
             const int32_t seen = count_of(other)->load(std::memory_order_acquire);
             if (has_come(other)) return;
