@@ -96,10 +96,16 @@ def greatest_of_part(logits_RC: Tensor, first_token: int) -> Tensor:
 
 def choose_of_parts(greatest_P2R: Tensor, params: Sequence[SamplingParams], steps: Sequence[int]) -> list[int]:
     """What `choose` takes where no request `needs_all_logits`, of the greatest in each of P parts of the vocabulary."""
-    greatest_R, part_R = greatest_P2R[:, 0].max(dim=0)
-    tokens_R = greatest_P2R[:, 1].gather(0, part_R[None])[0].long()
-    is_number_R = greatest_R.abs() < math.inf
-    return _forced(tokens_R.masked_fill_(is_number_R.logical_not_(), NO_TOKEN).tolist(), params, steps)
+    # Plain numbers: torch would take longer for so few.
+    greatest, tokens = (list(zip(*of_parts, strict=True)) for of_parts in zip(*greatest_P2R.tolist(), strict=True))
+    return _forced(list(map(_token_of_greatest, greatest, tokens)), params, steps)
+
+
+def _token_of_greatest(logits: Sequence[float], tokens: Sequence[float]) -> int:
+    """The token of the greatest logit, the first of equals; NO_TOKEN if that is no finite number."""
+    if any(map(math.isnan, logits)) or math.isinf(greatest := max(logits)):
+        return NO_TOKEN
+    return int(tokens[logits.index(greatest)])
 
 
 def _forced(tokens: list[int], params: Sequence[SamplingParams], steps: Sequence[int]) -> list[int]:

@@ -106,7 +106,7 @@ class ProcessGroup(Group):
         if not count:
             return own
         most = max(map(len, shares))
-        padded = torch.nn.functional.pad(own, (0, most - len(own)))
+        padded = own if len(own) == most else torch.nn.functional.pad(own, (0, most - len(own)))
 
         def gather(groups: Any, padded: Tensor) -> Tensor:
             found = padded.new_empty(self.size * most)
@@ -117,6 +117,8 @@ class ProcessGroup(Group):
         if found.is_cuda:  # numbers are read at once, and those of a group that was given up must not be
             torch.cuda.current_stream(found.device).synchronize()
             self._check()
+        if len(found) == count:
+            return found.to(own.device)
         return torch.cat([found[rank * most :][: len(share)] for rank, share in enumerate(shares)]).to(own.device)
 
     def agree(self, value: int) -> int:

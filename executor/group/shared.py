@@ -7,9 +7,7 @@ for one is waking the other process.
 import ctypes
 import mmap
 import os
-import platform
 import select
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,30 +18,15 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 from executor.group.store import wait_until_told
+from executor.native import paths
+from executor.native.compiled import DTYPES, module
 from hrm.units import MIB
 
 PIECE_BYTES: Final = 4 * MIB  # that a rank tells at once; all have two such pieces, in turn
 _CALLED: Final = "ranks"
 _MADE: Final = "memory"  # in the store, once rank 0 has made it
-_LINE: Final = 64  # bytes of memory that processors hand over at once: each rank's counter has its own
-_AWAKE_S: Final = 30e-6  # that a rank waits before it sleeps, from which a virtual machine's core wakes late
-_LOOK_S: Final = 0.02  # after which a waiting rank looks whether the other is still there
-# On these nobody sees a counter before what was written before it, and its lower half lies first.
-_MACHINES: Final = frozenset({"x86_64", "AMD64"})
-_FUTEX, _WAIT, _WAKE, _ALL = 202, 0, 1, 2**31 - 1  # a system call of theirs, on a half of a counter
-_HALF: Final = 2**32
+_LINE: Final = 64  # bytes of each rank's count, as `ranks.cpp` has them
 _MOST_VIEWS: Final = 1024  # kept of pieces as tensors
-
-
-class _TimeSpec(ctypes.Structure):
-    """A span of time as the system has it."""
-
-    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
-
-
-_let_others_go_first = ctypes.CDLL(None).sched_yield
-_futex = ctypes.CDLL(None).syscall
-_futex.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_void_p]
 
 
 @final
@@ -51,23 +34,21 @@ class SharedMemory:
     """Sums and exchanges of tensors in memory that ranks share, by the names that torch's groups have for them.
 
     Of every rank there is a descriptor of its process. In every turn each rank writes a piece, and counts; when all
-    have counted, all are read. A rank writes to a place again two turns later, and so after all others have counted
-    once more, having read it.
+    have counted, all are read. `ranks.cpp` does that, without the interpreter's lock.
     """
 
     def __init__(
         self, rank: int, memory: mmap.mmap, processes: Sequence[int], timeout_s: float, check: Callable[[], object]
     ) -> None:
         self._rank, self._size, self._timeout_s, self._check = rank, len(processes), timeout_s, check
-        self._memory, self._turn = memory, 0
-        self._counts = memoryview(memory).cast("q")
+        self._memory = memory
+        place = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self._ranks: Any = module().Ranks(memory=place, piece_bytes=PIECE_BYTES, rank=rank, size=self._size)
+        self._path = paths()[0]
         pieces = torch.frombuffer(memory, dtype=torch.uint8, offset=_LINE * self._size)
         self._pieces = pieces.view(2, self._size, PIECE_BYTES)
         self._processes: Sequence[int] = processes
         self._known: dict[tuple[int, torch.dtype, torch.Size], list[Tensor]] = {}
-        self._look = _TimeSpec(0, int(_LOOK_S * 1e9))
-        place = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        self._places = [place + _LINE * rank for rank in range(self._size)]
         self._ended = [select.poll() for _ in processes]
         for ended, process in zip(self._ended, processes, strict=True):
             ended.register(process, select.POLLIN)
@@ -114,12 +95,13 @@ class SharedMemory:
     def allreduce(self, tensors: Sequence[Tensor]) -> "SharedMemory":
         """Add up in place, in the order of ranks."""
         for tensor in tensors:
-            flat = tensor.view(-1)
+            flat, dtype = tensor.view(-1), DTYPES.get(tensor.dtype)
+            threads = torch.get_num_threads()
             for part in flat.split(PIECE_BYTES // flat.itemsize):
-                first, second, *others = self._all(part)
-                torch.add(first, second, out=part)
-                for other in others:
-                    part.add_(other)
+                if dtype is None:  # whole numbers
+                    torch.sum(torch.stack(self._all(part)), 0, out=part)
+                else:
+                    self._ranks.sum(self._path, dtype, part.data_ptr(), len(part), part.nbytes, threads, self._look)
         return self
 
     def alltoall_base(
@@ -157,14 +139,9 @@ class SharedMemory:
     def _all(self, own: Tensor) -> list[Tensor]:
         """What every rank tells in this turn, until the turn after the next."""
         assert own.nbytes <= PIECE_BYTES, own.shape
-        self._turn += 1
-        pieces = self._views(self._turn % 2, own.dtype, own.shape)
-        pieces[self._rank].copy_(own)
-        self._counts[self._rank * _LINE // 8] = self._turn
-        _futex(_FUTEX, self._places[self._rank], _WAKE, _ALL, None)
-        for other in range(self._size):
-            self._wait_for(other)
-        return pieces
+        assert own.is_contiguous()
+        self._ranks.tell(own.data_ptr(), own.nbytes, self._look)
+        return self._views(self._ranks.turn % 2, own.dtype, own.shape)
 
     def _views(self, turn: int, dtype: torch.dtype, shape: torch.Size) -> list[Tensor]:
         """Every rank's piece as tensors like these: making them takes longer than a sum of few numbers."""
@@ -176,32 +153,18 @@ class SharedMemory:
                 self._known[turn, dtype, shape] = known
         return known
 
-    def _wait_for(self, other: int) -> None:
-        """Wait until the other has counted: awake for about as long as waking up takes, and asleep from then on.
-
-        Of a rank's few cores the other lanes have need meanwhile, and go first.
-        """
-        counts, place, turn = self._counts, other * _LINE // 8, self._turn
-        late_s: float | None = None
-        if counts[place] < turn:
-            asleep_s = time.perf_counter() + _AWAKE_S
-            while counts[place] < turn and time.perf_counter() < asleep_s:
-                _let_others_go_first()
-        while (count := counts[place]) < turn:
-            _futex(_FUTEX, self._places[other], _WAIT, count % _HALF, ctypes.addressof(self._look))
-            if counts[place] >= turn:
-                return
-            late_s = time.monotonic() + self._timeout_s if late_s is None else late_s
-            self._check()
-            if self._ended[other].poll(0) and counts[place] < turn:
-                raise RuntimeError(f"the process of rank {other} has ended")
-            if time.monotonic() > late_s:
-                raise RuntimeError(f"timed out waiting for rank {other}")
+    def _look(self, other: int, waited_s: float) -> None:
+        """Raise if the other, which has not come for so long, is gone or too late."""
+        self._check()
+        if self._ended[other].poll(0):
+            raise RuntimeError(f"the process of rank {other} has ended")
+        if waited_s > self._timeout_s:
+            raise RuntimeError(f"timed out waiting for rank {other}")
 
 
 def _handle(store: Store, rank: int, num_bytes: int) -> int:
     """Of memory that rank 0 makes, zeros at first, which has no name; OSError where it cannot be had."""
-    able = platform.machine() in _MACHINES and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")
+    able = module() is not None and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")
     handle = -1
     if rank == 0:
         try:

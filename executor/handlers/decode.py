@@ -17,6 +17,7 @@ from executor.handlers.state import Rows, sample
 from executor.handlers.tapes import TapedWork, Tapes
 from executor.lanes import Handler
 from executor.model import CpuKernels, Mixer, RowNumbers, embed
+from executor.model.in_place import add, clear
 from hrm.acts import decode
 from hrm.contract.rows import NUMBERS_PER_REQUEST
 from hrm.tasks import Act, Lane, Phase, Task
@@ -191,7 +192,7 @@ class DecodeHandlers(PhaseHandlers):
         workspace.reset()
         hidden_RD, held_RS = gpu.hidden_ND[span], narrow(gpu.held_NS, span, mixer.block.held_elements)
         if self.group.rank > 0:
-            hidden_RD.zero_()
+            clear(hidden_RD)
         mixer.finish(self._outputs(gpu, x, span), held_RS, self._weights(x).dense.mixer, hidden_RD, workspace)
         return 0
 
@@ -217,7 +218,7 @@ class DecodeHandlers(PhaseHandlers):
     def cpu_experts(self, x: Task, _: Rows, span: slice) -> int:
         """The experts that stay on the host, computed there."""
         host = self.memory.host
-        self.ffn_on_cpu(x.id.layer, host.routed(span), host.expert_output_ND[span].zero_())
+        self.ffn_on_cpu(x.id.layer, host.routed(span), clear(host.expert_output_ND[span]))
         return 0
 
     def load_expert_output(self, _: Task, __: Rows, span: slice) -> int:
@@ -254,7 +255,7 @@ class DecodeHandlers(PhaseHandlers):
 
     def _add_cpu_experts(self, layer: int, span: slice) -> None:
         if self.pipeline.cpu_experts[layer]:
-            self.memory.gpu.hidden_ND[span] += self.memory.gpu.expert_output_ND[span]
+            add(self.memory.gpu.hidden_ND[span], self.memory.gpu.expert_output_ND[span])
 
     def _rows(self, level: Exchange, x: Task, span: slice) -> Tensor:
         """What the layer's attention is computed from."""

@@ -15,6 +15,7 @@ from executor.backends import AbstractBackend
 from executor.handlers.arenas import HostArenas
 from executor.kv_cache import KvCaches
 from executor.model import Architecture, Routing, Workspace
+from executor.model.in_place import put
 from executor.weight_pages import WEIGHTS_ON_GPU, WeightPages
 from hrm.buffers import Purpose, bytes_by_purpose
 from hrm.contract.rings import BUFFERS
@@ -111,11 +112,11 @@ class Routed:
 
     def keep(self, x_TD: Tensor, routing: Routing, pending_2TD: Tensor | None) -> None:
         """Write them all."""
-        self.tokens_TD.copy_(x_TD)
-        self.weights_TK.copy_(routing.weights_TK)
-        self.experts_TK.copy_(routing.experts_TK)
+        put(self.tokens_TD, x_TD)
+        put(self.weights_TK, routing.weights_TK)
+        put(self.experts_TK, routing.experts_TK)
         if pending_2TD is not None:
-            self.pending_2TD.copy_(pending_2TD)
+            put(self.pending_2TD, pending_2TD)
 
     def copies_to(self, there: "Routed") -> list[tuple[Tensor, Tensor]]:
         """The copies, target first, that bring them to another place."""

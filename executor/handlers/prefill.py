@@ -18,6 +18,7 @@ from executor.handlers.state import Generated, sample
 from executor.kv_cache import cache_rows, prefix_rows
 from executor.lanes import Handler
 from executor.model import PromptNumbers, embed
+from executor.model.in_place import clear
 from executor.model.kv_rows import dequantise, quantise
 from hrm.acts import prefill
 from hrm.contract.temporaries import skips_in_last_layer
@@ -148,7 +149,7 @@ class PrefillHandlers(PhaseHandlers):
             )
             hidden_TD = hidden_TD[:num_ending].copy_(hidden_RD)
         if self.group.rank > 0:
-            hidden_TD.zero_()
+            clear(hidden_TD)
         if len(hidden_TD):
             mixer.finish(attention_TO, held_TS, weights.dense.mixer, hidden_TD, workspace)
         return 0

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from executor.formats import Matrix
+from executor.model.in_place import add, clear
 from executor.model.layout import FfnWeights, RouterWeights
 from executor.model.linear import add_projected, project
 from executor.model.norm import PLAIN, Norm, norm_into, normed
@@ -47,7 +48,7 @@ class FeedForward:
 
     def _start_sum(self, hidden_TD: Tensor) -> None:
         if not self.carries_hidden:
-            hidden_TD.zero_()
+            clear(hidden_TD)
 
     def before_experts(
         self, hidden_TD: Tensor, weights: RouterWeights, workspace: Workspace
@@ -59,7 +60,7 @@ class FeedForward:
         """
         pending_2TD = None
         if weights.has_pending:
-            pending_2TD = workspace.take((2, *hidden_TD.shape), hidden_TD.dtype).zero_()
+            pending_2TD = clear(workspace.take((2, *hidden_TD.shape), hidden_TD.dtype))
         x_TD = normed(self.norm, hidden_TD, weights.ffn_norm, workspace, weights.ffn_norm_bias)
         mark, router_TD = workspace.mark(), x_TD
         if weights.router_scale is not None:
@@ -85,7 +86,7 @@ class FeedForward:
         if weights.shared_gate is None:
             self._through(x_TD, weights.shared_w13, weights.shared_w2, out_TD, workspace)
         else:
-            output_TD = workspace.take(x_TD.shape, x_TD.dtype).zero_()
+            output_TD = clear(workspace.take(x_TD.shape, x_TD.dtype))
             self._through(x_TD, weights.shared_w13, weights.shared_w2, output_TD, workspace)
             out_TD.addcmul_(output_TD, (x_TD @ weights.shared_gate).sigmoid_().unsqueeze(1))
         if weights.shared_output_norm is not None:
@@ -106,12 +107,12 @@ class FeedForward:
         output_TD, sum_TD = pending_2TD
         if weights.routed_output_norm is not None:
             norm_into(self.norm, sum_TD, weights.routed_output_norm, sum_TD, workspace)
-        output_TD.add_(sum_TD)
+        add(output_TD, sum_TD)
         if weights.ffn_output_norm is not None:
             norm_into(self.norm, output_TD, weights.ffn_output_norm, output_TD, workspace)
         if weights.layer_scale is not None:
             output_TD.mul_(weights.layer_scale)
-        hidden_TD.add_(output_TD)
+        add(hidden_TD, output_TD)
 
     def route(self, x_TD: Tensor, weights: RouterWeights) -> Routing:
         """The experts of greatest score for each token, and their normalised scores."""

@@ -1,4 +1,4 @@
-"""What is chosen of scores, experts and tokens, and rows that are put into a cache.
+"""What is chosen of scores, experts and tokens, and rows that are put into a cache or elsewhere.
 
 T tokens, E experts, K experts per token, R requests, V vocab; X elements of a row of a cache.
 """
@@ -41,6 +41,34 @@ class ChoiceKernels(MixerKernels):
             stride=rows_RX.stride(0) * rows_RX.itemsize,
             rows=places_R.data_ptr(),
             tokens=rows_RX.shape[0],
+        )
+
+    @staticmethod
+    def takes_whole(*tensors: Tensor) -> bool:
+        """Whether `clear` and `put` can write these, and `add` if they are numbers to compute with."""
+        first = tensors[0]
+        return all(
+            one.is_cpu and one.is_contiguous() and one.dtype is first.dtype and one.shape == first.shape
+            for one in tensors
+        )
+
+    def clear(self, out: Tensor) -> None:
+        """Make it zeros."""
+        module().clear(to_address=out.data_ptr(), num_bytes=out.nbytes)
+
+    def put(self, out: Tensor, x: Tensor) -> None:
+        """Copy where it will be read soon."""
+        module().put(to_address=out.data_ptr(), from_address=x.data_ptr(), num_bytes=x.nbytes)
+
+    def add(self, out: Tensor, x: Tensor) -> None:
+        """Add element by element, each sum rounded once."""
+        module().add(
+            path=self.path,
+            dtype=DTYPES[out.dtype],
+            to_address=out.data_ptr(),
+            from_address=x.data_ptr(),
+            count=x.numel(),
+            threads=torch.get_num_threads(),
         )
 
     def takes_choice(self, logits_TE: Tensor, correction_E: Tensor | None, groups: int) -> bool:

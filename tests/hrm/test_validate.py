@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from hrm.acts import decode
+from hrm.hardware import Figure, LaneThreads, Source
 from hrm.machines import of_parts
 from hrm.run_record import KindTotal, LaneRecord, read_run
 from hrm.tasks import Device, Lane, Phase
@@ -137,3 +138,15 @@ def test_a_run_most_of_whose_requests_failed_is_predicted_with_none_that_decode(
         return predict_ranks(replace(record, workload=replace(record.workload, gen_len=mean)))[0].phase_s
 
     assert predicted(gen_len)[Phase.DECODE] == pytest.approx(predicted(1.0)[Phase.DECODE], rel=0.01)
+
+
+def test_prefill_takes_as_long_as_its_work_on_cores_that_lanes_share(folder):
+    """However little that is for each lane, whose threads would need a hundred times the cores that there are."""
+    record = read_run(folder)
+    plan = record.policy_file
+    shared = LaneThreads(cores=1, task_s=Figure(value=0.0, source=Source.ASSUMED))
+    levels = tuple(replace(each, processor=replace(each.processor, cores=100)) for each in plan.profile.levels)
+    profile = replace(plan.profile, levels=levels, lane_threads=shared)
+    prediction = predict_ranks(replace(record, policy_file=replace(plan, profile=profile)))[0]
+    computing_s = sum(s for (phase, lane), s in prediction.lane_s.items() if phase is Phase.PREFILL and lane.computes)
+    assert prediction.phase_s[Phase.PREFILL] == pytest.approx(100 * computing_s, rel=0.01)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
+from executor.model.in_place import add
 from executor.model.kv_rows import is_quantised
 from executor.model.layout import AttentionWeights
 from executor.model.linear import add_projected, project
@@ -205,5 +206,5 @@ class GroupedQuery(Mixer):
         if weights.output_bias is not None:
             added_TD.add_(weights.output_bias)
         norm_into(self.norm, added_TD, weights.attention_output_norm, added_TD, workspace)
-        hidden_TD.add_(added_TD)
+        add(hidden_TD, added_TD)
         workspace.release(mark)

@@ -55,7 +55,10 @@ void compute(
     perform([=, &chosen](const Numbers*) { kernel(chosen, type, shape, threads); });
 }
 
-// Choices of experts and tokens, rows put into a cache, and tapes.
+// Choices of experts and tokens, rows put into a cache or elsewhere, and tapes.
 void bind_choices(nb::module_& module);
+
+// What processes tell one another through memory that they share.
+void bind_ranks(nb::module_& module);
 
 }  // namespace native

@@ -1,4 +1,4 @@
-// What `executor.native` has of choices, rows put into a cache, and tapes.
+// What `executor.native` has of choices, rows put into a cache or elsewhere, and tapes.
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -28,6 +28,33 @@ void bind_choices(nb::module_& module) {
         },
         nb::kw_only(), nb::arg("to_address"), nb::arg("row_bytes"), nb::arg("num_rows"),
         nb::arg("from_address"), nb::arg("stride"), nb::arg("rows"), nb::arg("tokens"));
+
+    module.def(
+        "clear",
+        [](uintptr_t to, int64_t num_bytes) {
+            perform([=](const Numbers*) { std::memset(at<char>(to), 0, num_bytes); });
+        },
+        nb::kw_only(), nb::arg("to_address"), nb::arg("num_bytes"));
+
+    module.def(
+        "put",
+        [](uintptr_t to, uintptr_t from, int64_t num_bytes) {
+            perform([=](const Numbers*) { std::memmove(at<char>(to), at<const char>(from), num_bytes); });
+        },
+        nb::kw_only(), nb::arg("to_address"), nb::arg("from_address"), nb::arg("num_bytes"));
+
+    module.def(
+        "add",
+        [](const std::string& path, const std::string& dtype, uintptr_t to, uintptr_t from, int64_t count,
+           int threads) {
+            const Path& chosen = path_named(path);
+            const Dtype type = dtype_named(dtype);
+            perform([=, &chosen](const Numbers*) {
+                add(chosen, type, at<char>(to), at<const char>(from), count, threads);
+            });
+        },
+        nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("to_address"), nb::arg("from_address"),
+        nb::arg("count"), nb::arg("threads"));
 
     module.def(
         "choose_experts",

@@ -284,7 +284,9 @@ struct Path {
     // Rows [first, last) of them; `scratch` has room for 2 * pairs floats.
     void (*rms_norm[NUM_DTYPES])(const RmsNorm&, int64_t first, int64_t last);
     void (*rotate[NUM_DTYPES])(const Rotation&, int64_t first, int64_t last, float* scratch);
-    // Likewise, with scratch of `choice_floats`.
+    // Add so many elements of `x` to those of `out`, each sum rounded once.
+    void (*add[NUM_DTYPES])(void* out, const void* x, int64_t count);
+    // Rows [first, last), with scratch of `choice_floats`.
     void (*choose_experts[NUM_DTYPES])(const Choice&, int64_t first, int64_t last, float* scratch);
     void (*greatest[NUM_DTYPES])(const Greatest&, int64_t first, int64_t last);
     // Read whole cache lines and return something of all of them.

@@ -275,6 +275,7 @@ NB_MODULE(_kernels, module) {
         nb::arg("rows"), nb::arg("out"), nb::arg("out_stride"), nb::arg("threads"));
 
     native::bind_choices(module);
+    native::bind_ranks(module);
 
     module.def("activation_floats", native::activation_floats, nb::arg("intermediate"));
 

@@ -82,6 +82,7 @@ const Path PATH = {
     {linear<Bf16>, linear<Fp16>, linear<float>},
     {rms_norm<Bf16>, rms_norm<Fp16>, rms_norm<float>},
     {rotate<Bf16>, rotate<Fp16>, rotate<float>},
+    {add<Bf16>, add<Fp16>, add<float>},
     {choose_experts<Bf16>, choose_experts<Fp16>, choose_experts<float>},
     {greatest<Bf16>, greatest<Fp16>, greatest<float>},
     read_lines,

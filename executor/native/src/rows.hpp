@@ -1,4 +1,4 @@
-// What is done to each token's row by itself: norm and rotary embedding.
+// What is done to each token's row by itself: norm, rotary embedding, and what is added to it.
 #pragma once
 
 #include <math.h>
@@ -99,6 +99,13 @@ void rotate(const Rotation& shape, int64_t first, int64_t last, float* scratch) 
             }
         }
     }
+}
+
+template <typename T>
+void add(void* out, const void* x, int64_t count) {
+    T* const to = static_cast<T*>(out);
+    const T* const from = static_cast<const T*>(x);
+    IN_PLACE for (int64_t i = 0; i < count; ++i) narrow(widened(to[i]) + widened(from[i]), to + i);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t MEMORY_BOUND_TOKENS = 8;  // weights take as long to multiply by so many as to read
 constexpr int64_t ROWS = 8;                // that are normed or rotated by a thread at a time
+constexpr int64_t ADDED = 16 << 10;        // elements that are added by a thread at a time
 constexpr int64_t READ_BYTES = 2 << 20;
 constexpr int64_t COPY_BYTES = 1 << 20;
 constexpr int64_t KEPT_BYTES = 2 << 20;    // of activations: every piece of outputs reads all of them, so in a cache
@@ -147,6 +148,14 @@ void rotate(const Path& path, Dtype dtype, const Rotation& shape, int threads) {
     const int64_t row_bytes = shape.heads * 2 * shape.pairs * element_size(dtype);
     run_rows(shape.tokens, row_bytes, threads, [&](int64_t first, int64_t last) {
         path.rotate[dtype](shape, first, last, scratch(2 * shape.pairs));
+    });
+}
+
+void add(const Path& path, Dtype dtype, char* out, const char* x, int64_t count, int threads) {
+    const int64_t size = element_size(dtype), pieces = (count + ADDED - 1) / ADDED;
+    Helpers::mine().run(threads_for(threads, count * size), pieces, [&](int64_t i) {
+        const int64_t first = i * ADDED;
+        path.add[dtype](out + first * size, x + first * size, std::min(ADDED, count - first));
     });
 }
 

@@ -80,6 +80,9 @@ void rms_norm(const Path& path, Dtype dtype, const RmsNorm& shape, int threads);
 
 void rotate(const Path& path, Dtype dtype, const Rotation& shape, int threads);
 
+// Add `count` elements to as many others.
+void add(const Path& path, Dtype dtype, char* out, const char* x, int64_t count, int threads);
+
 void choose_experts(const Path& path, Dtype dtype, const Choice& shape, int threads);
 
 void greatest(const Path& path, Dtype dtype, const Greatest& shape, int threads);

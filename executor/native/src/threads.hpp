@@ -17,17 +17,23 @@ namespace native {
 // How long a thread that waits stays awake: calls follow one another sooner than a thread wakes.
 constexpr std::chrono::microseconds AWAKE{30};
 
-// Return when `value` is no longer `old`.
-template <typename Value>
-void wait_for_change(const std::atomic<Value>& value, Value old) {
+// Stay awake until it `holds`, but no longer than that; whether it did.
+template <typename Condition>
+bool awake_until(const Condition& holds) {
     using Clock = std::chrono::steady_clock;
     for (const auto end = Clock::now() + AWAKE; Clock::now() < end;) {
-        if (value.load() != old) return;
+        if (holds()) return true;
 #if defined(__x86_64__)
         _mm_pause();
 #endif
     }
-    value.wait(old);
+    return false;
+}
+
+// Return when `value` is no longer `old`.
+template <typename Value>
+void wait_for_change(const std::atomic<Value>& value, Value old) {
+    if (!awake_until([&] { return value.load() != old; })) value.wait(old);
 }
 
 class Helpers {

@@ -22,14 +22,14 @@ from hrm.profiling.machine.host import (
     host_facts_of,
     staging_worker,
 )
-from hrm.profiling.machine.levels import host_level, ram_of, request_latency
+from hrm.profiling.machine.levels import host_level, ram_of, request_latency, threads_of_ranks
 from hrm.profiling.machine.options import LONGEST_TRANSFER_S, SMALLEST_ARENA
 from hrm.profiling.machine.run import Run, torch_threads
 from hrm.tasks import Lane
 from hrm.units import GB, GIB, KIB, MIB, counted, format_bandwidth
 
 if TYPE_CHECKING:
-    from hrm.profiling.timing import Timing
+    from hrm.profiling.timing import Call, Timing
 
 EMULATED_LINK_BYTES_PER_S: Final = 2.0 * GB
 EMULATED_GPU_BYTES: Final = GIB
@@ -44,8 +44,8 @@ BOTH_BUSY: Final = "launch latency with both lanes busy"
 def profile_emulated(run: Run) -> HardwareProfile:
     """Half of the cores as the GPU, the rest as the CPU, and links of the asked-for bandwidth.
 
-    Of several emulated accelerators one is measured with as many threads as its share of the cores has, and
-    nothing beside it; and sums between processes that have such shares.
+    Of several emulated accelerators one is measured with as many threads as its share of the cores has, the host's
+    memory with the threads of all of them, as all use it at once; and sums between processes that have such shares.
     """
     count = run.options.emulated_count
     gpu_bytes = run.options.gpu_memory_bytes
@@ -85,11 +85,11 @@ def _profile_one(run: Run, gpu_bytes: int, count: int = 1) -> HardwareProfile:
     gpu_threads, cpu_threads = _threads(run, Lane.GPU), _threads(run, Lane.CPU)
     capacity, reserve = (figure.times(1 / count) for figure in ram_of(run.host, count * gpu_bytes))
     add_tasks(run, count)
-    results = _measured(run, gpu_bytes, gpu_threads, cpu_threads)
+    results = _measured(run, gpu_bytes, gpu_threads, cpu_threads, count)
     gpu_capacity = Figure(value=float(gpu_bytes), source=Source.ASSUMED, note="emulated")
     none = Figure(value=0.0, source=Source.ASSUMED, note="the whole arena is used")
-    gpu = host_level(results, run, GPU, gpu_threads, gpu_capacity, none)
-    cpu = host_level(results, run, CPU, cpu_threads, capacity, reserve)
+    gpu = host_level(results, run, GPU, gpu_threads, gpu_capacity, none, count)
+    cpu = host_level(results, run, CPU, cpu_threads, capacity, reserve, count)
     disk, facts = host_facts_of(results)
     return HardwareProfile(
         name=f"emulated accelerator on {run.host.cpu_name}, {run.threads} cores",
@@ -112,7 +112,7 @@ def _profile_one(run: Run, gpu_bytes: int, count: int = 1) -> HardwareProfile:
     )
 
 
-def _measured(run: Run, gpu_bytes: int, gpu_threads: int, cpu_threads: int) -> dict[str, Any]:
+def _measured(run: Run, gpu_bytes: int, gpu_threads: int, cpu_threads: int, ranks: int) -> dict[str, Any]:
     """What all steps found; levels of equally many threads are the same cores and measured once."""
     from hrm.profiling.launch import launch_latency_beside_another
     from hrm.profiling.timing import Timing
@@ -120,7 +120,7 @@ def _measured(run: Run, gpu_bytes: int, gpu_threads: int, cpu_threads: int) -> d
     add_processor(run, GPU, gpu_threads)
     if cpu_threads != gpu_threads:
         add_processor(run, CPU, cpu_threads)
-    add_host_memory(run, [gpu_threads, cpu_threads])
+    add_host_memory(run, [threads_of_ranks(run, threads, ranks) for threads in (gpu_threads, cpu_threads)])
     bandwidth = run.options.link_bandwidth_bytes_per_s
     if bandwidth is None:
         bandwidth = EMULATED_LINK_BYTES_PER_S
@@ -135,7 +135,7 @@ def _measured(run: Run, gpu_bytes: int, gpu_threads: int, cpu_threads: int) -> d
         lambda seconds: launch_latency_beside_another(budget_s=seconds, threads=(gpu_threads, cpu_threads)),
         Timing,
     )
-    run.steps.add(ALL_AT_ONCE, 2, lambda seconds: _all_at_once(run, seconds, arena, bandwidth), Figure)
+    run.steps.add(ALL_AT_ONCE, 2, lambda seconds: _all_at_once(run, seconds, arena, bandwidth, ranks), Figure)
     add_disk(run)
     results = run.steps.run()
     if cpu_threads != gpu_threads:
@@ -192,8 +192,8 @@ def _threads(run: Run, lane: Lane) -> int:
     return lane_threads("emulated", lane, run.threads)
 
 
-def _all_at_once(run: Run, seconds: float, arena: int, bandwidth: float) -> Figure:
-    """Attention, staging, the link and GEMMs at once.
+def _all_at_once(run: Run, seconds: float, arena: int, bandwidth: float, ranks: int) -> Figure:
+    """Attention, staging, the link and GEMMs at once, those of all ranks; one's share of the bytes.
 
     A paced transfer reads and writes the host's memory, as the GPU's arena lies there too; GEMMs
     stay in the caches.
@@ -204,18 +204,24 @@ def _all_at_once(run: Run, seconds: float, arena: int, bandwidth: float) -> Figu
     from hrm.profiling.link import paced_transfer
 
     dtype: torch.dtype = getattr(torch, run.dtypes[0])
-    x, weight = torch.randn(64, 512).to(dtype), torch.randn(512, 1024).to(dtype)
-    out = torch.empty(64, 1024, dtype=dtype)
     size = max(SMALLEST_ARENA, min(arena, MIB, int(bandwidth * CONTENTION_TRANSFER_S)))
 
-    def gemm() -> object:
-        return torch.mm(x, weight, out=out)
+    def products() -> "Call":
+        x, weight = torch.randn(64, 512).to(dtype), torch.randn(512, 1024).to(dtype)
+        out = torch.empty(64, 1024, dtype=dtype)
+        return lambda: torch.mm(x, weight, out=out)
+
+    def lanes() -> dict[str, BusyLane]:
+        transfer = paced_transfer(_pace(bandwidth), size)(size)
+        return {
+            "attention": attention_worker(run, _threads(run, Lane.CPU)),
+            "staging": staging_worker(run, STAGED_BYTES, _threads(run, Lane.STAGE)),
+            "h2d": BusyLane(transfer, lambda: torch.set_num_threads(1), 2.0 * size),
+            "gemm": BusyLane(products(), lambda: torch.set_num_threads(_threads(run, Lane.GPU))),
+        }
 
     workers = {
-        "attention": attention_worker(run, _threads(run, Lane.CPU)),
-        "staging": staging_worker(run, STAGED_BYTES, _threads(run, Lane.STAGE)),
-        "h2d": BusyLane(paced_transfer(_pace(bandwidth), size)(size), lambda: torch.set_num_threads(1), 2.0 * size),
-        "gemm": BusyLane(gemm, lambda: torch.set_num_threads(_threads(run, Lane.GPU))),
+        f"{name} of rank {rank}" if ranks > 1 else name: lane for rank in range(ranks) for name, lane in lanes().items()
     }
     with torch.inference_mode():
-        return bytes_together(workers, budget_s=seconds)
+        return bytes_together(workers, budget_s=seconds).times(1 / ranks)

@@ -63,10 +63,11 @@ def request_latency(launch: "Timing") -> Figure:
 
 
 def host_level(
-    results: dict[str, Any], run: Run, name: str, threads: int, capacity: Figure, reserve: Figure
+    results: dict[str, Any], run: Run, name: str, threads: int, capacity: Figure, reserve: Figure, ranks: int = 1
 ) -> MemoryLevel:
-    """A level of host memory, used by so many threads."""
+    """A level of host memory, used by so many threads; by so many of each of several ranks, one's share of it."""
     memory: MemoryRates = results[MEMORY]
+    all_threads = threads_of_ranks(run, threads, ranks)
 
     def rates(timings: "dict[int, Timing]", what: str) -> Rate:
         def figure(count: int, more: str = "") -> Figure:
@@ -76,7 +77,7 @@ def host_level(
         at_best = min(timings, key=lambda count: timings[count].median_s)
         others = [f"with {count} {format_bandwidth(figure(count).value)}" for count in timings if count != at_best]
         swept = f"; {', '.join(others)}" if others else ""
-        return Rate(ceiling=figure(at_best, swept), achieved=figure(threads))
+        return Rate(ceiling=figure(at_best, swept).times(1 / ranks), achieved=figure(all_threads).times(1 / ranks))
 
     return MemoryLevel(
         name=name,
@@ -86,6 +87,11 @@ def host_level(
         copy_bytes_per_s=rates(memory.copy, "copy"),
         processor=processor_of(results, name, run, run.host.cpu_name, threads),
     )
+
+
+def threads_of_ranks(run: Run, threads: int, ranks: int) -> int:
+    """How many threads all ranks have where one has so many: no more than there are cores, unless one rank has."""
+    return max(threads, min(ranks * threads, run.host.usable_cores))
 
 
 def ram_of(host: HostFacts, less_bytes: int = 0) -> tuple[Figure, Figure]:

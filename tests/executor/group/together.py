@@ -8,7 +8,7 @@ import torch
 
 from executor.group import LostRankError, share_of
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
 SHAPES = ((1,), (3, 5), (64, 257), (70_001,))
 ROWS = (0, 1, 3, 4, 9)
 

@@ -6,7 +6,8 @@ from executor.batching import Batcher
 from executor.handlers import tapes
 from executor.native import paths
 from executor.native.tape import Tape
-from tests.executor.runtime.support import CPU, GPU, architecture, generator, make_policy, requests
+from tests.executor.group.threads import with_ranks
+from tests.executor.runtime.support import CPU, GPU, architecture, generate, generator, make_policy, requests
 from tests.executor.tiny_models import random_prompts
 
 PROMPTS = random_prompts(12, seed=7)
@@ -48,3 +49,22 @@ def test_answers_are_those_without_tapes(folder, options, monkeypatch):
         count = len(played)
         assert answers() == with_tapes
         assert len(played) == count
+
+
+@pytest.mark.skipif(not paths(), reason="the native kernels are not built")
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("options", POLICIES.values(), ids=POLICIES)
+def test_of_each_rank_and_on_either_side_kernels_alone_do_what_is_taped(folder, options, ranks, monkeypatch):
+    """Else the task would be done operator by operator in every step, and the other ranks wait for it."""
+    monkeypatch.setenv("EXECUTOR_NATIVE_UP_TO", "1000")
+    policy = make_policy(architecture(folder).spec.num_layers, kv_tokens_per_micro_batch=1024, **options)
+    recorded, record = [], Tape.record
+
+    def counted(work, numbers):
+        recorded.append(record(work, numbers))
+        return recorded[-1]
+
+    monkeypatch.setattr(Tape, "record", counted)
+    with_ranks(folder, policy, ranks, lambda made, _: generate(made, requests(PROMPTS[:4], max_tokens=4)))
+    assert len(recorded) > 4 * ranks
+    assert None not in recorded

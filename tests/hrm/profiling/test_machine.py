@@ -552,6 +552,13 @@ def test_two_emulated_accelerators_are_shares_of_the_machine_with_sums_between(t
     assert part.top.usable_bytes == 2 * MIB
     assert part.h2d.bandwidth_bytes_per_s.at() <= 1e9 < found.h2d.bandwidth_bytes_per_s.at()
     assert found.host.usable_bytes < host_facts().usable_ram_bytes
+    of_one = max(1, host_facts().compute_threads // 2 - host_facts().compute_threads // 4)
+    of_both = max(of_one, min(2 * of_one, host_facts().usable_cores))
+    read = found.host.read_bytes_per_s
+    assert read.achieved is not None
+    assert read.ceiling is not None
+    assert f"with {of_both} thread" in read.achieved.note, "what both read at once"
+    assert read.achieved.value <= read.ceiling.value, "as both are of the machine"
 
 
 @pytest.mark.parametrize("accelerator", ["emulated:0", "emulated:x", "emulated:2,3", "emulated:9"])
