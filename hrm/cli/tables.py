@@ -13,6 +13,7 @@ from rich.console import Console
 from hrm.cli.console import as_is, console, plain_table, print_json
 from hrm.cli.params import OUT_FILE, json_option, together
 from hrm.files import write_whole
+from hrm.plots.style import check_path
 from hrm.policy import PAPER_SYMBOLS
 from hrm.units import format_seconds
 
@@ -27,6 +28,9 @@ class TableOutput:
     as_json: bool
     csv: Path | None
     plot: Path | None
+
+    def __post_init__(self) -> None:
+        check_path(self.plot)
 
     def show(
         self,

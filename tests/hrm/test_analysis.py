@@ -26,8 +26,9 @@ from hrm.cli.analysis import map_text
 from hrm.errors import HrmError, PolicyError
 from hrm.estimate import estimate
 from hrm.scaling import Resource, resources, scale, with_resource
-from hrm.search import Space, search
+from hrm.search import Space, search, ways
 from hrm.search.bound import CLOSE
+from hrm.tasks import Device
 from hrm.units import MB
 from hrm.workload import Workload
 from tests.hrm.support import machine, tiny_spec
@@ -43,20 +44,25 @@ def small(name: str = "small", **changes: Any):
     return replace(machine(**(sizes | changes)), name=name)
 
 
+def asked(profile, workload=WORKLOAD) -> Space:
+    """All but experts on the slow CPU, half of a search."""
+    return Space(SPEC, profile, workload, ffn=Device.GPU)
+
+
 def rate(profile, workload=WORKLOAD) -> float:
-    return search(Space(SPEC, profile, workload)).require().tokens_per_s
+    return search(asked(profile, workload)).require().tokens_per_s
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("coarse_searches")
 def test_what_if_is_a_search_on_every_scaled_machine():
     profile, calls = small(), []
-    frame = what_if(Space(SPEC, profile, WORKLOAD), factor=1.5, on_point=lambda: calls.append(1))
+    frame = what_if(asked(profile), factor=1.5, on_point=lambda: calls.append(1))
     named = {resource.value for resource in resources(profile)}
     assert set(frame["resource"]) == {*named, Cause.WAITING.value}
     assert len(calls) == len(frame) - 1
     assert list(frame["change"]) == sorted(frame["change"], reverse=True)
-    now, today = rate(profile), search(Space(SPEC, profile, WORKLOAD)).require().policy
+    now, today = rate(profile), search(asked(profile)).require().policy
     for row in frame.to_dict("records"):
         if row["resource"] == Cause.WAITING.value:
             continue
@@ -74,7 +80,7 @@ def test_what_if_is_a_search_on_every_scaled_machine():
 
 @pytest.mark.slow
 def test_searches_divided_among_processes_find_what_one_does(monkeypatch):
-    space, calls = Space(SPEC, small(), WORKLOAD), []
+    space, calls = asked(small()), []
     alone = front_of_latency(space, requests=[1, 7, 40, 64])
     monkeypatch.setattr("hrm.analysis.rows._WORTH_S", 0.0)
     with in_processes(2):
@@ -87,7 +93,7 @@ def test_searches_divided_among_processes_find_what_one_does(monkeypatch):
 @pytest.mark.parametrize("lost", ["in the first", "in another process"])
 def test_a_mistake_found_in_another_process_is_told_as_it_is(monkeypatch, lost):
     """A pool whose results cannot be read waits for them without end."""
-    fine = Space(SPEC, small(), WORKLOAD)
+    fine = asked(small())
     wrong = replace(fine, experts_per_part=SPEC.num_experts + 1)
     spaces = [wrong, fine] if lost == "in the first" else [fine, fine, wrong]
     monkeypatch.setattr("hrm.analysis.rows._WORTH_S", 0.0)
@@ -100,17 +106,17 @@ def test_a_mistake_found_in_another_process_is_told_as_it_is(monkeypatch, lost):
 def test_less_of_a_resource_may_leave_nothing_that_fits(monkeypatch):
     module = sys.modules[what_if.__module__]
     monkeypatch.setattr(module, "resources", lambda _: [Resource.CPU_FLOPS, Resource.CPU_MEMORY])
-    frame = what_if(Space(SPEC, small(), WORKLOAD), factor=0.05)
+    frame = what_if(asked(small()), factor=0.05)
     gone = frame[frame["resource"] == "cpu-memory"].iloc[0]
     assert math.isnan(gone["change"])
     assert "no policy fits" in gone["reason"]
     with pytest.raises(HrmError, match="other than 1"):
-        what_if(Space(SPEC, small(), WORKLOAD), factor=1.0)
+        what_if(asked(small()), factor=1.0)
 
 
 def test_machines_are_compared_the_fastest_first():
     machines = [small("slow", link=1e8), small("none", cpu_bytes=1 * MB), small("fast", link=1e10)]
-    frame = compare_machines([Space(SPEC, one, WORKLOAD) for one in machines])
+    frame = compare_machines([asked(one) for one in machines])
     assert list(frame["machine"]) == ["fast", "slow", "none"]
     assert frame["tokens_per_s"].iloc[0] == rate(machines[2])
     assert math.isnan(frame["tokens_per_s"].iloc[2])
@@ -120,7 +126,7 @@ def test_machines_are_compared_the_fastest_first():
 
 def test_more_host_memory_is_never_slower(monkeypatch):
     monkeypatch.setattr("hrm.analysis.fronts.POINTS", 6)
-    frame = front_of_cpu_memory(Space(SPEC, small(), WORKLOAD))
+    frame = front_of_cpu_memory(asked(small()))
     rates = frame["tokens_per_s"].dropna()
     # A search is no oracle: on a larger machine it may miss the best by a little.
     assert all(later >= 0.99 * earlier for earlier, later in pairwise(rates))
@@ -130,17 +136,17 @@ def test_more_host_memory_is_never_slower(monkeypatch):
 
 
 def test_latency_is_the_time_until_all_requests_are_answered():
-    frame = front_of_latency(Space(SPEC, small(), WORKLOAD), requests=[1, 7, 40])
+    frame = front_of_latency(asked(small()), requests=[1, 7, 40])
     for row in frame.to_dict("records"):
         job = replace(WORKLOAD, num_requests=row["num_requests"])
-        best = search(Space(SPEC, small(), job)).require()
+        best = search(asked(small(), job)).require()
         assert row["latency_s"] == best.seconds
         assert row["tokens_per_s"] == pytest.approx(row["num_requests"] * 9 / row["latency_s"])
 
 
 def test_front_of_gpus_counts_each_of_them():
     machines = [small(num_gpus=count, gpu_bytes=count * 12 * MB) for count in (1, 2)]
-    frame = front_of_gpus([Space(SPEC, one, WORKLOAD) for one in machines])
+    frame = front_of_gpus([asked(one) for one in machines])
     assert list(frame["num_gpus"]) == [1, 2]
     assert list(frame["tokens_per_s_a_gpu"]) == [rate(machines[0]), rate(machines[1]) / 2]
     assert frame["parallelism"].isna().tolist() == [True, False]
@@ -149,14 +155,14 @@ def test_front_of_gpus_counts_each_of_them():
 def test_a_map_is_a_search_in_every_cell():
     x = Axis(Resource.H2D_BANDWIDTH, (1e8, 1e10))
     y = Axis(Whole.CPU, (0.01, 3.0))
-    frame = policy_map(Space(SPEC, small(), WORKLOAD), x=x, y=y)
+    frame = policy_map(asked(small()), x=x, y=y)
     assert len(frame) == 4
     for row in frame.to_dict("records"):
         profile = small()
         for resource in (Resource.CPU_MEMORY, Resource.CPU_BANDWIDTH, Resource.CPU_FLOPS):
             profile = scale(profile, resource, row["cpu_factor"])
         profile = with_resource(profile, Resource.H2D_BANDWIDTH, row["h2d_bandwidth_bytes_per_s"])
-        result = search(Space(SPEC, profile, WORKLOAD))
+        result = search(asked(profile))
         if result.best is None:
             assert row["cpu_factor"] == 0.01
             assert not isinstance(row["region"], str)
@@ -227,13 +233,19 @@ def test_a_search_by_each_solver_finds_as_much(hrm, tmp_path):
         (["map", *QUICK, "--gpus", "1xT4", "--x", "cpu=a:2:2", "--y", "gpu=1:2:2"], ("factor",)),
         (["map", *QUICK, "--gpus", "1xT4", "--x", "cpu=2:1:2", "--y", "gpu=1:2:2"], ("greater",)),
         (
-            ["search", *QUICK, "--gpus", "1xT4", "--solver", "optuna", "--trials", "1", "--storage", "/nowhere/at/all"],
-            ("--storage", "must be"),
+            ["map", *QUICK, "--gpus", "1xT4", "--x", "cpu=1:2:2", "--y", "gpu=1:2:2", "--plot", "/none/x.png"],
+            ("No such",),
         ),
     ],
 )
-def test_mistakes_are_told_in_one_line(hrm, arguments, words):
-    code, _, error = hrm(*arguments)
-    assert code == 2
-    assert len(error.strip().splitlines()) == 1, error
+def test_mistakes_are_told_in_one_line_before_any_search(refused, monkeypatch, arguments, words):
+    monkeypatch.setattr(ways, "_search", None)
+    error = refused(*arguments)
     assert all(word in error for word in words), error
+
+
+def test_a_storage_that_cannot_be_used_is_told_in_one_line(refused):
+    asked = ["--solver", "optuna", "--trials", "1", "--storage", "/nowhere/at/all"]
+    error = refused("search", *QUICK, "--gpus", "1xT4", *asked)
+    assert "--storage" in error
+    assert "must be" in error
