@@ -8,6 +8,7 @@ given one.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from random import Random
 
 from hrm.formats import FORMATS, Formats
@@ -48,10 +49,15 @@ class Case:
         )
 
 
+@cache
+def _catalog_machine(gpus: str) -> HardwareProfile:
+    return compose(gpus, host="generic-server")
+
+
 def random_case(rng: Random) -> Case:
     spec = BUILT_IN_MODELS[rng.choice(sorted(BUILT_IN_MODELS))]
     gpus = rng.choice([1, 1, 1, 1, 1, 2, 4, 8])
-    profile = compose(f"{gpus}x{rng.choice(GPUS)}", host="generic-server")
+    profile = _catalog_machine(f"{gpus}x{rng.choice(GPUS)}")
     weights = spec.total_layer_bytes(FORMATS[profile.default_dtype])
     gpu = rng.choice([1.0, 1.0, 2 ** rng.uniform(-2, 2)]) * profile.top.capacity_bytes.value / gpus
     host = max(weights * 2 ** rng.uniform(-3, 3), 8e9)

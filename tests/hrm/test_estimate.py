@@ -77,7 +77,7 @@ def random_machine(rng: Random, latency_s: float | None = None) -> HardwareProfi
 @pytest.mark.parametrize("schedule", ScheduleName)
 def test_no_schedule_is_predicted_to_beat_its_bound(schedule):
     longest = set[str]()
-    for seed in range(60):
+    for seed in range(30):
         rng = Random(seed)
         spec = random_spec(rng)
         policy, profile = random_policy(rng, spec, schedule), random_machine(rng)
@@ -288,12 +288,12 @@ def test_a_policy_for_another_model_is_refused():
 
 
 @pytest.mark.parametrize("schedule", ScheduleName)
-@pytest.mark.parametrize("first", chosen((0, 50), at=(0,)))
+@pytest.mark.parametrize("first", chosen((0, 30, 60), at=(0,)))
 def test_the_closed_form_takes_no_longer_than_the_simulation(first, schedule):
     """What the search leaves out by its closed form could not have won."""
     workload = replace(WORKLOAD, gen_len=60)  # contexts outgrow a window of 64 on the way
     flexgen = schedule in (ScheduleName.FLEXGEN, ScheduleName.FLEXGEN_C)
-    for seed in range(first, first + 50):
+    for seed in range(first, first + 30):
         rng = Random(seed)
         # FlexGen's closed form is of layers alike.
         spec = replace(random_dimensions(rng), num_layers=6).spec if flexgen else random_varied_spec(rng)
@@ -313,7 +313,7 @@ def test_the_closed_form_takes_no_longer_than_the_simulation(first, schedule):
 @pytest.mark.parametrize("least_on_gpu", [0.0, 0.5])
 def test_the_cpus_attention_and_the_gpu_wait_for_one_another_where_each_has_some_caches(least_on_gpu):
     exact = longest = 0
-    for seed in range(200):
+    for seed in range(120):
         rng = Random(seed)
         spec = random_varied_spec(rng)
         number, size = rng.randint(2, 9), rng.randint(1, 40)
@@ -335,14 +335,14 @@ def test_the_cpus_attention_and_the_gpu_wait_for_one_another_where_each_has_some
         is_longest = in_turn_s > 1.01 * max(others)
         longest += is_longest
         exact += is_longest and simulated_s < in_turn_s * (1 + ROUNDING)
-    assert longest > 15
-    assert exact > 5, exact
+    assert longest > 7
+    assert exact > 2, exact
 
 
 def test_parts_of_experts_and_what_is_computed_between_them_take_turns():
     """Loads wait for the GPU to make room, and hidden states for such loads."""
     longest = near = 0
-    for seed in range(150):
+    for seed in range(75):
         rng = Random(seed)
         spec = random_varied_spec(rng)
         policy = replace(
@@ -365,8 +365,8 @@ def test_parts_of_experts_and_what_is_computed_between_them_take_turns():
         assert max(of_step) <= step_s * (1 + ROUNDING), (seed, policy)
         longest += max(of_prefill[others:]) > 1.01 * max(of_prefill[:others])
         near += max(of_prefill[others:]) > max(0.98 * prefill_s, 1.01 * max(of_prefill[:others]))
-    assert longest > 20
-    assert near > 5, near
+    assert longest > 10
+    assert near > 2, near
 
 
 def policy_of_system(policy: Policy) -> Policy:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hrm.analysis import fronts
 from hrm.analysis.fronts import front_of_cpu_memory
 from hrm.estimate import estimate
 from hrm.hardware import HardwareProfile
@@ -62,7 +63,7 @@ def test_no_policy_that_fits_is_cut_off_or_beats_a_ceiling_on_the_way_to_it(grou
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_bounds")
-@pytest.mark.parametrize("group", chosen(range(GROUPS // 2), at=(2, 3)))
+@pytest.mark.parametrize("group", chosen(range(GROUPS // 2), at=(2,)))
 def test_no_policy_that_fits_beats_the_bound_nor_a_search_that_is_called_optimal(group):
     """Of what is searched whole; `tests/bench/test_search_optimality.py` does it 1,500 times."""
     found = 0
@@ -81,7 +82,7 @@ def test_no_policy_that_fits_beats_the_bound_nor_a_search_that_is_called_optimal
 
 
 @pytest.mark.usefixtures("quick_bounds")
-@pytest.mark.parametrize("seed", chosen(FITTING, at=(0, 3, 6, 9)))
+@pytest.mark.parametrize("seed", chosen(FITTING, at=(0, 3, 6)))
 def test_more_of_a_resource_never_gives_less_and_a_narrower_search_never_more(seed):
     rng = Random(9000 + seed)
     case = random_case(rng)
@@ -247,13 +248,15 @@ def test_short_prompts_are_prefilled_in_chunks_of_many():
 
 
 @pytest.mark.usefixtures("quick_bounds")
-def test_a_front_begins_where_a_search_of_its_first_point_does():
+def test_a_front_begins_where_a_search_of_its_first_point_does(monkeypatch):
+    monkeypatch.setattr(fronts, "POINTS", 5)
     spec, profile = BUILT_IN_MODELS["mixtral-8x7b"], compose("1xL4")
-    front = front_of_cpu_memory(Space(spec, profile, WORKLOADS["mtbench"], dtype="float16"))
+    space = Space(spec, profile, WORKLOADS["mtbench"], dtype="float16", attention=Device.CPU, ffn=Device.GPU)
+    front = front_of_cpu_memory(space)
     front = front[front["tokens_per_s"].notna()]
     first = front.iloc[0]
     least = with_resource(profile, Resource.CPU_MEMORY, int(first["cpu_memory_bytes"]))
-    alone = search(Space(spec, least, WORKLOADS["mtbench"], dtype="float16"))
+    alone = search(replace(space, profile=least))
     assert first["tokens_per_s"] >= alone.require().tokens_per_s * (1 - OPTIMAL_GAP)
     rates = front["tokens_per_s"].to_numpy()
     assert (rates[1:] >= rates[:-1] * (1 - OPTIMAL_GAP)).all()

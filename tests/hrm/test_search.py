@@ -123,7 +123,7 @@ def brute_force(space: Space) -> float:
 def test_search_finds_what_brute_force_over_all_integers_finds(seed):
     rng = Random(seed)
     spec = replace(random_dimensions(rng), num_layers=3, num_experts=2, experts_per_token=1).spec
-    profile, workload = small_machine(rng, spec), replace(WORKLOAD, num_requests=8)
+    profile, workload = small_machine(rng, spec), replace(WORKLOAD, num_requests=6)
     schedule = [ScheduleName.CGOPIPE, ScheduleName.FLEXGEN, ScheduleName.CGOPIPE, ScheduleName.FASTDECODE][seed]
     space = Space(spec=spec, profile=profile, workload=workload, dtype="bfloat16", schedule=schedule)
     best = brute_force(space)
@@ -135,7 +135,7 @@ def test_search_finds_what_brute_force_over_all_integers_finds(seed):
 
 
 @pytest.mark.usefixtures("rough_bounds")
-@pytest.mark.parametrize("seed", chosen(range(12), at=(0, 3, 6, 9)))
+@pytest.mark.parametrize("seed", chosen(range(12), at=(0, 5, 9)))
 def test_a_coarse_grid_and_what_is_around_its_best_miss_next_to_nothing(seed, monkeypatch):
     rng = Random(50 + seed)
     spec = random_spec(rng)
@@ -182,12 +182,13 @@ def residency_cases() -> list[tuple[Space, Policy, int, bool]]:
         pairs = np.array([(1, 1), (2, 3), (3, 4), (5, 2), (12, 1)])
         kind = rng.choice(space.kinds())
         grid = make_grid(space, kind, places_of(kind, pairs, CHUNKS))
-        for index in rng.sample(range(len(grid)), min(20, len(grid))):
+        for index in rng.sample(range(len(grid)), min(10, len(grid))):
             policy = grid.policy(space, index)
             cases.append((space, policy, int(grid.resident_total[index]), bool(grid.fits[index])))
     return cases
 
 
+@pytest.mark.usefixtures("coarse_searches")
 @pytest.mark.parametrize(("longest", "least"), [(153, 153), (300, 128), (4000, 128)])
 def test_the_last_step_splits_no_short_prompts(longest, least):
     """Short parts look as good in a plan, and took twice as long to run."""
@@ -222,7 +223,7 @@ def test_the_grids_residency_is_the_most_that_a_loop_over_all_counts_fits():
         most = [c for c in possible if c + 1 not in possible]
         assert not possible or (verdict and (total == max(possible) if alike else total in most)), policy
         fitting += verdict
-    assert fitting > 400
+    assert fitting > 200
 
 
 def test_a_grid_counts_the_bytes_that_the_plan_does():
@@ -249,7 +250,7 @@ def test_a_grid_counts_the_bytes_that_the_plan_does():
                 )
                 assert bool(found.fits[0]) is holds, (policy, level, spare)
         checked += 1
-    assert checked > 200
+    assert checked > 100
 
 
 @pytest.mark.parametrize(("gpu_prefill", "longer"), [(1, 1.02), (0, 1.2)])
@@ -328,10 +329,10 @@ def place_of(policy: Policy) -> tuple[int, int, int, int, int]:
 
 @pytest.mark.usefixtures("rough_bounds")
 @pytest.mark.parametrize("schedule", ScheduleName)
-@pytest.mark.parametrize("first", chosen((0, 5), at=(0,)))
+@pytest.mark.parametrize("first", chosen((0, 3, 6), at=(0,)))
 def test_search_never_returns_a_policy_that_does_not_fit(first, schedule):
     found = 0
-    for seed in range(first, first + 5):
+    for seed in range(first, first + 3):
         rng = Random(200 + seed)
         spec = random_spec(rng)
         profile = small_machine(rng, spec)
@@ -343,7 +344,7 @@ def test_search_never_returns_a_policy_that_does_not_fit(first, schedule):
             assert estimate.policy.schedule is schedule
             assert estimate.tokens_per_s <= result.best.tokens_per_s * (1 + TIE), (seed, estimate.policy)
         found += 1
-    assert found > 2
+    assert found > 1
 
 
 @pytest.mark.usefixtures("rough_bounds")
@@ -353,13 +354,14 @@ def test_more_of_a_resource_never_lowers_the_closed_form():
     memory = [with_memory(compose("1xL4"), gpu_memory_bytes=x * GB) for x in (12, 24, 48)]
     links = [machine(gpu_bytes=20e9, link=x * 1e9) for x in (4, 16, 64)]
     for profiles in (memory, links):
-        ascending = [search(Space(spec, p, workload)).greatest_tokens_per_s for p in profiles]
+        ascending = [search(Space(spec, p, workload, ffn=Device.GPU)).greatest_tokens_per_s for p in profiles]
         assert ascending == sorted(ascending), ascending
         assert ascending[-1] > 1.05 * ascending[0], "the resource must matter"
 
 
 @pytest.mark.parametrize(
-    ("gpus", "workload"), [("1xT4", "summarization"), ("4xT4", "mtbench"), ("1xL4", "mtbench"), ("1xH100", "mtbench")]
+    ("gpus", "workload"),
+    chosen([("1xT4", "summarization"), ("4xT4", "mtbench"), ("1xL4", "mtbench"), ("1xH100", "mtbench")], at=(0, 1, 3)),
 )
 def test_no_runner_up_beats_the_choice_and_nothing_beats_its_bound(gpus, workload):
     spec, profile = BUILT_IN_MODELS["mixtral-8x7b"], compose(gpus)
@@ -375,9 +377,9 @@ def test_no_runner_up_beats_the_choice_and_nothing_beats_its_bound(gpus, workloa
 @pytest.mark.usefixtures("rough_bounds")
 def test_requests_beyond_counting_are_planned_for_like_prompts_without_end():
     spec, profile = BUILT_IN_MODELS["dbrx"], compose("1xT4")
-    endless = search(Space(spec, profile, WORKLOADS["mtbench"], dtype="float16")).require()
-    workload = replace(WORKLOADS["mtbench"], num_requests=MAX_REQUESTS)
-    many = search(Space(spec, profile, workload, dtype="float16")).require()
+    space = Space(spec, profile, WORKLOADS["mtbench"], dtype="float16", ffn=Device.GPU)
+    endless = search(space).require()
+    many = search(replace(space, workload=replace(space.workload, num_requests=MAX_REQUESTS))).require()
     assert many.tokens_per_s == pytest.approx(endless.tokens_per_s, rel=1e-3)
 
 
@@ -490,13 +492,14 @@ def test_a_search_told_of_a_policy_that_nothing_beats_says_so(gpus):
 
 
 @pytest.mark.usefixtures("quick_bounds")
-@pytest.mark.parametrize("solver", ["exhaustive", "milp"])
-@pytest.mark.parametrize("task_s", [1e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize(
+    ("solver", "task_s"), chosen(product(("exhaustive", "milp"), (1e-6, 1e-4, 1e-2)), at=(0, 1, 2, 4))
+)
 def test_no_policy_exceeds_the_bound_where_lanes_share_cores(solver, task_s):
     a_task = Figure(value=task_s, source=Source.MEASURED)
     profile = replace(machine(), lane_threads=LaneThreads(cores=2, task_s=a_task))
     levels = tuple(replace(level, processor=replace(level.processor, cores=1)) for level in profile.levels)
-    workload = Workload(name="test", prompt_len=40, max_prompt_len=100, gen_len=9, num_requests=60)
+    workload = Workload(name="test", prompt_len=40, max_prompt_len=100, gen_len=9, num_requests=24)
     found = search(Space(tiny_spec(), replace(profile, levels=levels), workload), solver_named(solver))
     assert found.best is not None
     assert found.best.tokens_per_s <= found.bound_tokens_per_s * (1 + 1e-9)

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from functools import cache
-from random import Random
 from typing import ClassVar, final
 
 import numpy as np
@@ -14,12 +13,10 @@ import pytest
 from hrm.cli.report import print_plan
 from hrm.errors import PolicyError
 from hrm.estimate import estimate
-from hrm.formats import FORMATS
 from hrm.latency import LatencyLimits
 from hrm.machines import compose
 from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS
-from hrm.policy import ScheduleName
 from hrm.search import SOLVERS, Outcome, Solver, Space, search, solver_named
 from hrm.search.bayesian import Optuna, study_name
 from hrm.search.bound import upper_bound
@@ -31,53 +28,17 @@ from hrm.search.milp import Milp
 from hrm.search.solver import Found
 from hrm.search.space import KvPlace
 from hrm.search.ways import find
-from hrm.units import MB
+from hrm.tasks import Device
 from hrm.workload import WORKLOADS, Workload
 from tests.contracts.selection import chosen
-from tests.hrm.support import machine, random_spec, random_varied_spec, tiny_spec
+from tests.hrm.random_spaces import a_space
+from tests.hrm.support import machine, tiny_spec
 
 # Of random triples some whose best differ in where things are, and one of which no policy fits.
 TRIPLES = (0, 1, 2, 4, 6, 8, 9, 12, 13, 14, 21, 22, 7, 40)
 MILP_AGREES = 1e-2  # both try some chunks, not the same ones
 OPTUNA_AGREES = 0.02
 TRIALS = (50, 150, 400)  # more only where fewer are not enough
-
-
-@cache
-def a_space(seed: int) -> Space:
-    """A random model, machine and workload, with sizes small enough to be searched whole."""
-    rng = Random(seed)
-    spec = random_spec(rng) if seed % 2 else random_varied_spec(rng)
-    weights = spec.total_layer_bytes(FORMATS["bfloat16"])
-    profile = machine(
-        gpu_bytes=weights * rng.uniform(0.3, 1.3) + rng.uniform(0.2, 4) * MB,
-        cpu_bytes=weights * rng.uniform(0.9, 2) + rng.uniform(1, 20) * MB,
-        gpu_flops=10 ** rng.uniform(9, 12),
-        cpu_flops=10 ** rng.uniform(8, 11),
-        gpu_read=10 ** rng.uniform(9, 11.5),
-        cpu_read=10 ** rng.uniform(8, 10.5),
-        link=10 ** rng.uniform(6.5, 9.5),
-        latency_s=rng.choice([0.0, 1e-5]),
-        launch_s=rng.choice([0.0, 1e-6]),
-    )
-    prompt_len = rng.randint(4, 60)
-    workload = Workload(
-        name="random",
-        prompt_len=prompt_len,
-        max_prompt_len=prompt_len + rng.choice([0, 0, 30]),
-        gen_len=rng.choice([2, 9, 40]),
-        num_requests=rng.choice([None, rng.randint(3, 40)]),
-    )
-    return Space(
-        spec=spec,
-        profile=profile,
-        workload=workload,
-        dtype="bfloat16",
-        schedule=rng.choice([ScheduleName.CGOPIPE, ScheduleName.CGOPIPE, *ScheduleName]),
-        staging=rng.random() < 0.2,
-        max_micro_batch_size=rng.randint(2, 10),
-        max_micro_batches=rng.randint(1, 6),
-    )
 
 
 @cache
@@ -93,11 +54,12 @@ def check_best(space: Space, found: Found) -> None:
     assert again.tokens_per_s == best.tokens_per_s
 
 
-def test_the_triples_are_of_every_sort():
-    best = [searched(seed).ranked[0].policy for seed in TRIPLES if searched(seed).ranked]
-    assert len(best) == len(TRIPLES) - 1
+@pytest.mark.parametrize("seeds", chosen([[*TRIPLES[1::2]], [*TRIPLES]], at=(0,)), ids=["some", "all"])
+def test_the_triples_are_of_every_sort(seeds):
+    best = [searched(seed).ranked[0].policy for seed in seeds if searched(seed).ranked]
+    assert len(best) == len(seeds) - 1
     kinds = {(policy.attention, policy.ffn, policy.kv_share_on_gpu == 1) for policy in best}
-    assert len(kinds) >= 5
+    assert len(kinds) >= 4
 
 
 @pytest.mark.usefixtures("quick_bounds")
@@ -115,7 +77,7 @@ def test_programs_and_the_exhaustive_search_agree(seed):
     check_best(space, tried)
 
 
-@pytest.mark.parametrize("seed", chosen(TRIPLES[1::2], at=(0, 3, 6)))
+@pytest.mark.parametrize("seed", chosen(TRIPLES[1::2], at=(0, 4, 6)))
 def test_trials_come_close_to_the_exhaustive_search(seed):
     space, tried = a_space(seed), searched(seed)
     if not tried.ranked:
@@ -157,12 +119,12 @@ def test_an_interrupted_search_reports_the_best_so_far():
 def test_processes_share_a_study(tmp_path):
     storage = str(tmp_path / "trials.log")
     trial = (
-        "from tests.hrm.test_solvers import a_space; from hrm.search.bayesian import Optuna; "
-        f"Optuna(trials=6, storage={storage!r}).find(a_space(1))"
+        "from tests.hrm.random_spaces import a_space; from hrm.search.bayesian import Optuna; "
+        f"Optuna(trials=4, storage={storage!r}).find(a_space(1))"
     )
     both = [subprocess.Popen([sys.executable, "-c", trial]) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
-    alone = Optuna(trials=6).find(a_space(1))
+    alone = Optuna(trials=4).find(a_space(1))
     assert Optuna(trials=1, storage=storage).find(a_space(1)).evaluations > alone.evaluations
 
 
@@ -219,7 +181,7 @@ def test_every_solver_keeps_limits_on_waiting_times(seed, limited):
     waited_s = free.latency.last_ttft_s if limited == "max_ttft_s" else free.latency.tpot_s
     assert waited_s is not None
     space = replace(a_space(seed), limits=LatencyLimits(**{limited: 0.7 * waited_s}))
-    by_grid, *others = (within_limits(space, solver.find) for solver in (Exhaustive(), Milp(), Optuna(trials=60)))
+    by_grid, *others = (within_limits(space, solver.find) for solver in (Exhaustive(), Milp(), Optuna(trials=25)))
     for found in (by_grid, *others):
         assert space.limits.are_met(found.ranked[0].latency)
         assert found.tokens_per_s >= 0.9 * by_grid.tokens_per_s  # few trials, and one policy of a kind by a program
@@ -227,7 +189,7 @@ def test_every_solver_keeps_limits_on_waiting_times(seed, limited):
 
 
 def test_limits_that_nothing_meets_are_told_by_every_solver():
-    space = replace(a_space(1), limits=LatencyLimits(max_ttft_s=1e-9))
+    space = replace(a_space(1), limits=LatencyLimits(max_ttft_s=1e-9), attention=Device.GPU, ffn=Device.GPU)
     for solver in (Exhaustive(), Milp(), Optuna(trials=5)):
         assert search(space, solver).outcome is Outcome.TOO_SLOW
 

@@ -69,10 +69,19 @@ def random_card(rng: Random, name: str) -> GpuCard:
 
 
 def space(
-    profile: HardwareProfile, way: Parallelism | None = None, spec: ModelSpec = SPEC, workload: Workload = WORKLOAD
+    profile: HardwareProfile,
+    way: Parallelism | None = None,
+    spec: ModelSpec = SPEC,
+    workload: Workload = WORKLOAD,
+    *,
+    quick: bool = False,
 ) -> Space:
-    """What is searched, with few sizes of micro-batches."""
-    return Space(spec, profile, workload, parallelism=way, max_micro_batch_size=512, max_micro_batches=16)
+    """What is searched, with few sizes of micro-batches.
+
+    Of four places for attention and experts it is `quick` to search one, where nothing depends on these.
+    """
+    free = Space(spec, profile, workload, parallelism=way, max_micro_batch_size=512, max_micro_batches=16)
+    return replace(free, attention=Device.CPU, ffn=Device.GPU) if quick else free
 
 
 SLOW, FAST = card("slow"), card("fast", gpu_bytes=24e6, flops=6e12, read=300e9, moves=10e9)
@@ -230,15 +239,17 @@ def test_a_policy_file_keeps_the_stages(tmp_path):
 # ------------------------------------------------------------------------------------ the search
 
 
-def pipeline_of(spec: ModelSpec, profile: HardwareProfile, workload: Workload = WORKLOAD) -> Estimate:
-    return search(space(profile, Parallelism.PIPELINE, spec, workload)).require()
+def pipeline_of(
+    spec: ModelSpec, profile: HardwareProfile, workload: Workload = WORKLOAD, *, quick: bool = False
+) -> Estimate:
+    return search(space(profile, Parallelism.PIPELINE, spec, workload, quick=quick)).require()
 
 
 def test_what_is_found_fits_and_is_shared_out():
     rng, spec = Random(0), tiny_spec(num_layers=9, attention_windows=(16, 0, 0) * 3)
     profile = machine(*(random_card(rng, name) for name in "abc"))
     workload = replace(WORKLOAD, num_requests=50)
-    best = pipeline_of(spec, profile, workload)
+    best = pipeline_of(spec, profile, workload, quick=True)
     lengths, used = best.policy.stage_lengths, best.policy.gpus or range(3)
     assert (len(lengths), sum(lengths)) == (len(used), spec.num_layers)
     assert len(best.policy.resident_experts) == spec.num_layers
@@ -292,7 +303,7 @@ def test_no_other_lengths_are_better(seed):
 
 def test_the_order_of_the_gpus_matters_for_the_ends_alone():
     """Which of the two hands hidden states on over its link, and which has the LM head."""
-    one, other = (pipeline_of(SPEC, machine(*cards)) for cards in ((FAST, SLOW), (SLOW, FAST)))
+    one, other = (pipeline_of(SPEC, machine(*cards), quick=True) for cards in ((FAST, SLOW), (SLOW, FAST)))
     assert one.tokens_per_s == pytest.approx(other.tokens_per_s, rel=0.1)
     assert one.policy.stage_lengths == other.policy.stage_lengths[::-1]
     assert one.policy.stage_lengths[0] > one.policy.stage_lengths[1]
@@ -301,7 +312,7 @@ def test_the_order_of_the_gpus_matters_for_the_ends_alone():
 def test_every_stage_gets_a_layer_with_experts():
     spec = tiny_spec(num_layers=8, num_dense_layers=3, dense_intermediate_size=300)
     tiny = card("tiny", gpu_bytes=3e6, flops=1e11)
-    best = pipeline_of(spec, machine(tiny, FAST))
+    best = pipeline_of(spec, machine(tiny, FAST), quick=True)
     assert best.policy.stage_lengths[0] > 3
     assert sum(best.policy.stage_lengths) == 8
 
@@ -311,7 +322,7 @@ def test_gpus_that_hardly_differ_are_like_equal_ones():
     unequal, equal = machine(SLOW, nearly), assemble_all([(2, SLOW)], host())
     assert (len(unequal.gpus), equal.gpus) == (2, ())
     for way in Parallelism:
-        rates = [search(space(one, way)).tokens_per_s for one in (unequal, equal)]
+        rates = [search(space(one, way, quick=True)).tokens_per_s for one in (unequal, equal)]
         # A stage that stands for all has the LM head, which takes less here than handing hidden states on.
         assert rates[0] == pytest.approx(rates[1], rel=5e-2)
 
@@ -348,8 +359,8 @@ def test_gpus_that_a_machine_has_not_are_refused(gpus):
 
 def test_no_gpu_makes_a_machine_slower():
     one, other = random_card(Random(7), "one"), card("other", flops=5e12, gpu_bytes=20e6)
-    both = search(space(machine(one, other)))
-    alone = [search(space(machine(each))).tokens_per_s for each in (one, other)]
+    both = search(space(machine(one, other), quick=True))
+    alone = [search(space(machine(each), quick=True)).tokens_per_s for each in (one, other)]
     assert both.tokens_per_s >= 0.998 * max(alone)
     best = both.require()
     (chosen,) = (way.best for way in both.ways if way.is_of(best.policy))
@@ -361,7 +372,7 @@ def test_no_gpu_makes_a_machine_slower():
 
 def test_a_gpu_that_only_holds_up_the_others_is_left_out():
     profile = machine(FAST, card("old", flops=1e9, read=1e9, moves=1e8))
-    best = search(space(profile)).require()
+    best = search(space(profile, quick=True)).require()
     assert best.policy.gpus == (0,)
     assert estimate(SPEC, best.policy, profile, WORKLOAD).tokens_per_s == best.tokens_per_s
 

@@ -224,6 +224,7 @@ FAVOURED = tuple(min(1.0, 0.02 + 1.3 / (1 + place)) for place in range(32))  # o
 def searched(spec: ModelSpec, division: ExpertDivision | None = None, **changes: float) -> SearchResult:
     profile = machine(num_gpus=2, gpu_bytes=80e6, cpu_bytes=4e8, cpu_flops=1e9, **changes)
     tensor = Space(spec, profile, WORKLOAD, parallelism=Parallelism.TENSOR, max_micro_batch_size=4096)
+    tensor = replace(tensor, attention=Device.GPU, ffn=Device.GPU)  # the CPU is slow here
     return search(replace(tensor, expert_division=division))
 
 
