@@ -227,28 +227,33 @@ def test_the_grids_residency_is_the_most_that_a_loop_over_all_counts_fits():
 
 
 def test_a_grid_counts_the_bytes_that_the_plan_does():
-    """Byte by byte: memory of exactly what a policy needs holds it, and of one byte less not."""
+    """Byte by byte: memory of exactly what a policy needs, and pins, holds it, and of one byte less not."""
     checked = 0
     for space, policy, total, verdict in residency_cases():
         if not verdict or (policy.ffn is Device.CPU and policy.prefill_ffn is Device.GPU):
             continue
-        memory = plan_memory(space.spec, policy, space.profile)
-        for level, plan in enumerate((memory.gpu, memory.cpu)):
-            for spare, holds in ((0, True), (-1, False)):
-                capacity = figure(plan.planned_bytes + spare)
-                levels = list(space.profile.levels)
-                levels[level] = replace(levels[level], capacity_bytes=capacity)
-                profile = replace(space.profile, levels=tuple(levels))
-                grid = make_grid(replace(space, profile=profile), kind_of(policy), np.array([place_of(policy)]))
+        gpu, cpu = space.profile.levels
+        pinning = replace(cpu, pinnable_bytes=cpu.capacity_bytes)
+        memory = plan_memory(space.spec, policy, replace(space.profile, levels=(gpu, pinning)))
+        assert memory.pinned is not None
+        for spare, holds in ((0, True), (-1, False)):
+            on_gpu, on_cpu, pinned = (
+                figure(plan.planned_bytes + spare) for plan in (memory.gpu, memory.cpu, memory.pinned)
+            )
+            for levels in (
+                (replace(gpu, capacity_bytes=on_gpu), cpu),
+                (gpu, replace(cpu, capacity_bytes=on_cpu)),
+                (gpu, replace(cpu, pinnable_bytes=pinned)),
+            ):
+                limited = replace(space, profile=replace(space.profile, levels=levels))
+                grid = make_grid(limited, kind_of(policy), np.array([place_of(policy)]))
                 same = (
                     (grid.chunk_tokens == policy.prefill_chunk_tokens)
                     & (grid.resident_dense == policy.resident_dense)
                     & (grid.gpu_prefill_ffn == (policy.prefill_ffn is Device.GPU))
                 )
-                found = grid.take(np.flatnonzero(same)[:1]).with_residents(
-                    replace(space, profile=profile), np.array([total])
-                )
-                assert bool(found.fits[0]) is holds, (policy, level, spare)
+                found = grid.take(np.flatnonzero(same)[:1]).with_residents(limited, np.array([total]))
+                assert bool(found.fits[0]) is holds, (policy, levels, spare)
         checked += 1
     assert checked > 100
 
