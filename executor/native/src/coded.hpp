@@ -8,6 +8,12 @@ namespace {
 
 using native::COLUMNS;
 
+// How many tokens are multiplied together at most. To look bytes up as bfloat16s costs about as much as four products
+// with them: more tokens share it where RUN steps share their scales, as fewer sums are scaled then.
+template <typename C, int RUN>
+constexpr int TOKENS_WITH =
+    RUN > 1 && C::LANE_COLUMNS == 4 && sizeof(typename C::Number) < sizeof(float) ? 2 * CODE_TOKENS : CODE_TOKENS;
+
 // How many rows are multiplied together with so many tokens: bytes' tables take registers from the sums.
 template <typename C>
 constexpr int rows_with(int tokens) {
@@ -29,49 +35,35 @@ struct CodedTile {
     float* results;              // [token][row], tokens COLUMNS apart
 };
 
-// Call each(step, codes of each row) for every step of a stretch.
-template <typename C, int ROWS, typename Each>
-inline void for_each_step(const uint8_t* codes, int64_t row_bytes, int64_t columns, const Each& each) {
-    constexpr int64_t BYTES = sizeof(Codes);
-    const int64_t whole = columns / C::COLUMNS, left = columns - whole * C::COLUMNS;
-    uint8_t last[ROWS][BYTES];  // what is left, padded with zeros
-    if (left > 0) {
-        std::memset(last, 0, sizeof last);
-        const int64_t num_bytes = (left * BYTES + C::COLUMNS - 1) / C::COLUMNS;
-        for (int r = 0; r < ROWS; ++r) std::memcpy(last[r], codes + r * row_bytes + whole * BYTES, num_bytes);
-    }
-    for (int64_t s = 0; s < whole + (left > 0); ++s) {
-        Codes rows[ROWS];
-        UNROLL
-        for (int r = 0; r < ROWS; ++r) rows[r] = codes_at(s < whole ? codes + r * row_bytes + s * BYTES : last[r]);
-        each(s, rows);
-    }
+// What is left of a row, padded with zeros.
+template <typename C>
+const uint8_t* last_step(const uint8_t* codes, int64_t columns, uint8_t* padded) {
+    std::memset(padded, 0, sizeof(Codes));
+    std::memcpy(padded, codes, (columns * sizeof(Codes) + C::COLUMNS - 1) / C::COLUMNS);
+    return padded;
 }
 
-template <typename C, int ROWS, int TOKENS>
+// The products of RUN steps, which share their scales, are added up before they are scaled.
+template <typename C, int RUN, int ROWS, int TOKENS>
 __attribute__((noinline)) void multiply_codes(const CodedTile<C>& tile) {
     using D = Dot<typename C::Number>;
+    constexpr int64_t BYTES = sizeof(Codes);
     const C kind = tile.kind;
     const typename C::Number* tokens[TOKENS];
     UNROLL
     for (int t = 0; t < TOKENS; ++t) tokens[t] = tile.tokens[t];
-    Floats sums[TOKENS][ROWS];
+    Floats sums[TOKENS][ROWS], parts[TOKENS][ROWS], checks[ROWS];  // checks are 1, or no number
     UNROLL
     for (int t = 0; t < TOKENS; ++t) {
         UNROLL
         for (int r = 0; r < ROWS; ++r) sums[t][r] = zeros();
     }
-    for_each_step<C, ROWS>(tile.codes, tile.row_bytes, tile.columns, [&](int64_t s, const Codes (&rows)[ROWS]) {
-        if (ROWS * sizeof(Codes) >= 64 || s * sizeof(Codes) % 64 == 0) {
-            const char* const ahead = reinterpret_cast<const char*>(tile.ahead) + s * ROWS * sizeof(Codes);
-            UNROLL
-            for (size_t i = 0; i < ROWS * sizeof(Codes); i += 64) prefetch(ahead + i);
-        }
-        Floats parts[TOKENS][ROWS];
+    const auto begin = [&](int64_t s) {
         UNROLL
-        for (int t = 0; t < TOKENS; ++t) {
+        for (int r = 0; r < ROWS; ++r) {
+            checks[r] = splat(1.0f);
             UNROLL
-            for (int r = 0; r < ROWS; ++r) parts[t][r] = zeros();
+            for (int t = 0; t < TOKENS; ++t) parts[t][r] = zeros();
         }
         if (tile.less) {
             UNROLL
@@ -80,6 +72,16 @@ __attribute__((noinline)) void multiply_codes(const CodedTile<C>& tile) {
                 UNROLL
                 for (int t = 0; t < TOKENS; ++t) parts[t][r] = multiply(less, widen(tile.totals[t] + s * LANES));
             }
+        }
+    };
+    const auto step = [&](int64_t s, const uint8_t* from, int64_t apart) {
+        Codes rows[ROWS];
+        UNROLL
+        for (int r = 0; r < ROWS; ++r) rows[r] = codes_at(from + r * apart);
+        if (ROWS * BYTES >= 64 || s * BYTES % 64 == 0) {
+            const char* const ahead = reinterpret_cast<const char*>(tile.ahead) + s * ROWS * BYTES;
+            UNROLL
+            for (int64_t i = 0; i < ROWS * BYTES; i += 64) prefetch(ahead + i);
         }
         const auto multiply_operand = [&]<int K>() {
             typename D::Operand w[ROWS];
@@ -96,13 +98,32 @@ __attribute__((noinline)) void multiply_codes(const CodedTile<C>& tile) {
             (multiply_operand.template operator()<K>(), ...);
         }(std::make_integer_sequence<int, C::OPERANDS>{});
         UNROLL
+        for (int r = 0; r < ROWS; ++r) checks[r] = checked<C>(rows[r], checks[r]);
+    };
+    const auto end = [&](int64_t s) {
+        UNROLL
         for (int r = 0; r < ROWS; ++r) {
-            const Floats scales = spread(tile.scales + r * tile.apart + s * tile.units, tile.lanes);
-            const Floats scale = C::checked(rows[r], scales);
+            const Floats scale = multiply(spread(tile.scales + r * tile.apart + s * tile.units, tile.lanes), checks[r]);
             UNROLL
             for (int t = 0; t < TOKENS; ++t) sums[t][r] = multiply_add(parts[t][r], scale, sums[t][r]);
         }
-    });
+    };
+    const int64_t whole = tile.columns / C::COLUMNS;
+    int64_t s = 0;
+    for (; s + RUN <= whole; s += RUN) {
+        begin(s);
+        UNROLL
+        for (int i = 0; i < RUN; ++i) step(s + i, tile.codes + (s + i) * BYTES, tile.row_bytes);
+        end(s);
+    }
+    for (; s * C::COLUMNS < tile.columns; ++s) {  // what is left, padded with zeros
+        uint8_t last[ROWS][BYTES];
+        const int64_t left = tile.columns - s * C::COLUMNS, columns = left < C::COLUMNS ? left : C::COLUMNS;
+        for (int r = 0; r < ROWS; ++r) last_step<C>(tile.codes + r * tile.row_bytes + s * BYTES, columns, last[r]);
+        begin(s);
+        step(s, last[0], BYTES);
+        end(s);
+    }
     // Lanes are added in one order, however many rows there are.
     UNROLL
     for (int t = 0; t < TOKENS; ++t) {
@@ -117,15 +138,15 @@ __attribute__((noinline)) void multiply_codes(const CodedTile<C>& tile) {
 }
 
 // With `rows` rows, which are one or as many as go together.
-template <typename C, int TOKENS = CODE_TOKENS>
+template <typename C, int RUN, int TOKENS = TOKENS_WITH<C, RUN>>
 void multiply_coded(const CodedTile<C>& tile, int rows, int tokens) {
     if constexpr (TOKENS > 1) {
-        if (tokens < TOKENS) return multiply_coded<C, TOKENS - 1>(tile, rows, tokens);
+        if (tokens < TOKENS) return multiply_coded<C, RUN, TOKENS - 1>(tile, rows, tokens);
     }
     if (rows == 1) {
-        multiply_codes<C, 1, TOKENS>(tile);
+        multiply_codes<C, RUN, 1, TOKENS>(tile);
     } else {
-        multiply_codes<C, rows_with<C>(TOKENS), TOKENS>(tile);
+        multiply_codes<C, RUN, rows_with<C>(TOKENS), TOKENS>(tile);
     }
 }
 

@@ -38,6 +38,13 @@ inline void deal(Vector* vectors) {
     }
 }
 
+// A scale, or no number if any of the codes is none, as their kind may have one that is.
+template <typename KIND>
+inline Floats checked(Codes codes, Floats scale) {
+    if constexpr (requires { KIND::checked(codes, scale); }) return KIND::checked(codes, scale);
+    return scale;
+}
+
 // Codes of a KIND, multiplied with numbers of T as float32.
 template <typename KIND, typename T>
 struct Singles : KIND {
@@ -144,7 +151,6 @@ struct HalfByteWords {
     __m512i words(Codes codes) const {
         return _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * K), values);
     }
-    static Floats checked(Codes, Floats scale) { return scale; }
     static void order(Words (&vectors)[4]) { deal<4>(vectors); }
 };
 
@@ -186,7 +192,6 @@ struct ByteWords {
         const __m512i above = _mm512_ternarylogic_epi32(highs, codes, _mm512_set1_epi8(-128), WITH_SIGN);
         return K == 0 ? _mm512_unpacklo_epi8(lows, above) : _mm512_unpackhi_epi8(lows, above);
     }
-    static Floats checked(Codes, Floats scale) { return scale; }
     static void order(Words (&vectors)[2]) {
         const __m512i a = (__m512i)vectors[0], b = (__m512i)vectors[1];
         vectors[0] = (Words)_mm512_shuffle_i64x2(a, b, 0x88);

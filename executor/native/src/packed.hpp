@@ -82,7 +82,12 @@ class PackedIn {
         int count, float* scratch) const {
         for (const Slice& slice : slices) std::memset(slice.results, 0, count * COLUMNS * sizeof(float));
         if (count <= CODED_TOKENS<Number>) {
-            by_codes(slices, rows, width, tokens, count);
+            // Sums with zero points are of a step.
+            if (packing_.columns % (2 * C::COLUMNS) == 0 && !slices[0].matrix.zeros) {
+                by_codes<2>(slices, rows, width, tokens, count);
+            } else {
+                by_codes<1>(slices, rows, width, tokens, count);
+            }
         } else {
             by_panels(slices, rows, width, tokens, stride, count, reinterpret_cast<Number*>(scratch));
         }
@@ -101,10 +106,10 @@ class PackedIn {
   private:
     const Packing& packing_;
 
-    // Stretches of about the same length, of whole steps but for the last.
-    static int64_t stretch_of(int64_t width, int64_t most) {
+    // Stretches of about the same length, of whole units but for the last.
+    static int64_t stretch_of(int64_t width, int64_t most, int64_t unit = C::COLUMNS) {
         const int64_t stretches = (width + most - 1) / most;
-        return native::rounded_up((width + stretches - 1) / stretches, C::COLUMNS);
+        return native::rounded_up((width + stretches - 1) / stretches, unit);
     }
 
     int64_t bytes_of(int64_t columns) const {
@@ -113,12 +118,13 @@ class PackedIn {
 
     C kind_of(const Matrix& matrix) const { return C(half_byte_table(packing_.code, matrix.zeros)); }
 
-    template <int NUM>
+    template <int RUN, int NUM>
     void by_codes(
         const Slice (&slices)[NUM], int64_t rows, int64_t width, const T* const* tokens, int count) const {
-        using Inputs = Ordered<T, C, CODE_TOKENS, CODED_BYTES>;
-        const int64_t stretch = stretch_of(width, Inputs::STRETCH), row_bytes = bytes_of(width);
-        const int tiles = (count + CODE_TOKENS - 1) / CODE_TOKENS;
+        constexpr int MOST = TOKENS_WITH<C, RUN>;
+        using Inputs = Ordered<T, C, MOST, CODED_BYTES * CODE_TOKENS / MOST>;
+        const int64_t stretch = stretch_of(width, Inputs::STRETCH, RUN * C::COLUMNS), row_bytes = bytes_of(width);
+        const int tiles = (count + MOST - 1) / MOST;
         Inputs inputs;
         Strip<C::COLUMNS> strip(packing_, width);
         // What comes next is fetched in the order of its addresses, by each tile its share of it.
@@ -133,7 +139,7 @@ class PackedIn {
         for (int64_t start = 0; start < width; start += stretch) {
             const int64_t columns = width - start < stretch ? width - start : stretch;
             for (int tile = 0, token = 0; tile < tiles; ++tile) {
-                const int end = (tile + 1) * count / tiles, most = rows_with<C>(end - token);
+                const int end = (tile + 1) * count / tiles, rows_at_once = rows_with<C>(end - token);
                 inputs.take(tokens + token, end - token, start, columns);
                 for (int i = 0; i < NUM; ++i) {
                     const Slice& slice = slices[i];
@@ -146,8 +152,8 @@ class PackedIn {
                             strip.read(slice.matrix, slice.first + row, some, start, columns);
                             in_strip = 0;
                         }
-                        const int together = row + most <= rows ? most : 1;
-                        const bool fetches = row / most % tiles == tile && slice.next;
+                        const int together = row + rows_at_once <= rows ? rows_at_once : 1;
+                        const bool fetches = row / rows_at_once % tiles == tile && slice.next;
                         if (fetches) {
                             scales[i].fetch(together * strip.scale_bytes() * columns / width);
                             points[i].fetch(together * strip.zero_bytes() * columns / width);
@@ -160,7 +166,7 @@ class PackedIn {
                             strip.apart, strip.units, strip.lanes, inputs.tokens, inputs.totals,
                             slice.results + token * COLUMNS + row,
                         };
-                        multiply_coded<C>(work, together, end - token);
+                        multiply_coded<C, RUN>(work, together, end - token);
                         if (fetches) following[i] += together * bytes_of(columns);
                         row += together;
                         in_strip += together;
@@ -242,10 +248,17 @@ class PackedIn {
             const float* const less = slice.matrix.zeros ? strip.less + in_strip * strip.apart : nullptr;
             Number* const to = panel + row * APART;
             const uint8_t* const codes = codes_at_row(slice.matrix, slice.first + row, row_bytes, offset);
-            for_each_step<C, 1>(codes, row_bytes, columns, [&](int64_t s, const Codes (&rows)[1]) {
+            const auto write = [&](int64_t s, const uint8_t* from) {
                 const int64_t place = s * strip.units;
-                unpacker.write(rows[0], scales + place, less ? less + place : nullptr, to + s * C::COLUMNS);
-            });
+                unpacker.write(codes_at(from), scales + place, less ? less + place : nullptr, to + s * C::COLUMNS);
+            };
+            constexpr int64_t BYTES = sizeof(Codes);
+            const int64_t whole = columns / C::COLUMNS, left = columns % C::COLUMNS;
+            for (int64_t s = 0; s < whole; ++s) write(s, codes + s * BYTES);
+            if (left > 0) {
+                uint8_t last[BYTES];
+                write(whole, last_step<C>(codes + whole * BYTES, left, last));
+            }
         }
     }
 };

@@ -19,15 +19,17 @@ constexpr int64_t MAX_SPLITS = 32;           // of one request: bounds what part
 
 constexpr int64_t LATENT_TILE_TOKENS = 120;       // long enough that few sums are loaded and stored
 constexpr int64_t LATENT_SPLIT_BYTES = 1 << 20;   // each split has its sums of every head, which are merged
+constexpr int64_t LATENT_ALONE_BYTES = LATENT_SPLIT_BYTES / 4;  // products with more are worth two threads
 constexpr int64_t LATENT_REQUESTS = 64;           // at once: bounds what is held between the steps
 
 constexpr int64_t DELTA_REQUESTS = 8;  // that a head steps together: its convolution is widened once
 
-// Requests that attend to stretches of a cache of rows of `token_bytes`.
+// Requests that attend to stretches of a cache of rows of `token_bytes`, in splits of about `split_bytes`, but in
+// two from `alone_bytes` on.
 struct Requests {
     const Heads& shape;
     const char* cache;
-    int64_t token_bytes, split_bytes;
+    int64_t token_bytes, split_bytes, alone_bytes;
     const std::vector<int64_t>&starts, &lengths;
 
     int64_t count() const { return static_cast<int64_t>(lengths.size()); }
@@ -38,7 +40,9 @@ struct Requests {
 
     int64_t split_tokens(int64_t request) const {
         const int64_t length = lengths[request];
-        int64_t splits = std::clamp<int64_t>((length * token_bytes + split_bytes / 2) / split_bytes, 1, MAX_SPLITS);
+        const int64_t num_bytes = length * token_bytes;
+        int64_t splits = std::clamp<int64_t>((num_bytes + split_bytes / 2) / split_bytes, 1, MAX_SPLITS);
+        if (splits == 1 && num_bytes >= alone_bytes) splits = 2;
         if (splits > 2) splits = (splits + 2) / 4 * 4;  // as many for each of two or four threads
         return rounded_up((length + splits - 1) / splits, TILE_UNIT);  // not tiles: threads would wait for each other
     }
@@ -72,8 +76,8 @@ void attend_in_splits(
             float* state = scratch(2 * state_size + room);
             float *later = state + state_size, *temporary = later + state_size;
             const int64_t length = requests.lengths[request], step = requests.split_tokens(request);
+            const int64_t upcoming = helpers.upcoming();
             for (int64_t first = 0; first < length; first += step) {
-                const int64_t upcoming = helpers.upcoming();
                 const void* const next =
                     first + step < length ? requests.cache_at(request, first + step)
                     : upcoming < 0        ? nullptr
@@ -142,7 +146,7 @@ void decode_attention(const Path& path, const AttentionCall& call, int threads) 
         static_cast<float>(is_capped ? 2.0 * LOG2_E * call.scale / call.softcap : 0.0),
         call.sinks, token_bytes, is_coded ? &call.coded : nullptr,
     };
-    const Requests requests{shape, call.cache, token_bytes, SPLIT_BYTES, call.starts, call.lengths};
+    const Requests requests{shape, call.cache, token_bytes, SPLIT_BYTES, 2 * SPLIT_BYTES, call.starts, call.lengths};
     threads = threads_for(threads, requests.total_bytes());
     attend_in_splits(
         path, requests, scratch_floats(shape), threads,
@@ -170,7 +174,7 @@ void attend_to_latents(const Path& path, const LatentCall& call, int threads) {
         static_cast<float>(LOG2_E * call.scale), 0.0f, nullptr, token_bytes, is_coded ? &call.coded : nullptr,
     };
     const Requests requests{
-        shape, call.cache, token_bytes, LATENT_SPLIT_BYTES, call.starts, call.lengths};
+        shape, call.cache, token_bytes, LATENT_SPLIT_BYTES, LATENT_ALONE_BYTES, call.starts, call.lengths};
     const char* const kv_up = static_cast<const char*>(block.kv_up);
     const auto up_row = [&](int64_t head, int64_t row) {
         return kv_up + (head * up_rows + row) * block.rank * size;

@@ -125,7 +125,6 @@ struct HalfBytes {
         return _mm256_castsi256_ps(
             CODE & 2 ? _mm256_unpackhi_epi16(none, words) : _mm256_unpacklo_epi16(none, words));
     }
-    static Floats checked(Codes, Floats scale) { return scale; }
 };
 
 struct SignedBytes {
@@ -137,7 +136,6 @@ struct SignedBytes {
     Floats floats(Codes codes) const {
         return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(codes, 24 - 8 * CODE), 24));
     }
-    static Floats checked(Codes, Floats scale) { return scale; }
 };
 
 struct E4m3Bytes {

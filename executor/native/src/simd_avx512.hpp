@@ -129,7 +129,6 @@ struct HalfBytes {
     Floats floats(Codes codes) const {
         return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * CODE), values);
     }
-    static Floats checked(Codes, Floats scale) { return scale; }
 };
 
 struct SignedBytes {
@@ -141,7 +140,6 @@ struct SignedBytes {
     Floats floats(Codes codes) const {
         return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(codes, 24 - 8 * CODE), 24));
     }
-    static Floats checked(Codes, Floats scale) { return scale; }
 };
 
 struct E4m3Bytes {

@@ -138,7 +138,6 @@ struct HalfBytes {
         const Words which = codes >> (4 * CODE) & 15u;
         return Floats{values[which[0]], values[which[1]], values[which[2]], values[which[3]]};
     }
-    static Floats checked(Codes, Floats scale) { return scale; }
 };
 
 template <int BYTE>
@@ -155,7 +154,6 @@ struct SignedBytes {
     Floats floats(Codes codes) const {
         return __builtin_convertvector(first_byte<CODE>(codes) >> 24, Floats);
     }
-    static Floats checked(Codes, Floats scale) { return scale; }
 };
 
 struct E4m3Bytes {

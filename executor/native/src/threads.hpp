@@ -54,10 +54,10 @@ class Helpers {
         run_pieces(threads, count, call, &work);
     }
 
-    // The piece that comes next in the present job, or -1 after the last. Another thread may take it:
-    // this is a guess at what the calling thread will do next.
+    // A guess at the piece of the present job that the calling thread takes next, when it begins one: each of the
+    // others takes one meanwhile. -1 after the last.
     int64_t upcoming() const {
-        const uint64_t piece = ticket_.load() & PIECES;
+        const uint64_t piece = (ticket_.load() & PIECES) + static_cast<uint64_t>(wanted_.load());
         return piece < count_.load() ? static_cast<int64_t>(piece) : -1;
     }
 

@@ -14,7 +14,7 @@ struct Unpacker {
     const Strip<C::COLUMNS>& strip;
 
     void write(Codes codes, const float* scales, const float* less, typename C::Number* to) {
-        const Floats scale = C::checked(codes, spread(scales, strip.lanes));
+        const Floats scale = checked<C>(codes, spread(scales, strip.lanes));
         const Floats zero = less ? spread(less, strip.lanes) : zeros();
         [&]<int... K>(std::integer_sequence<int, K...>) {
             (::store(to + K * Dot<typename C::Number>::STEP,

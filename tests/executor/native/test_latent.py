@@ -111,8 +111,8 @@ def test_sizes_of_published_models(path, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("path", PATHS)
 def test_neither_neighbours_nor_threads_change_a_result(path, dtype):
-    """More requests than are computed at once, one of them in splits."""
-    lengths = [7000, 3, 130, *[9] * 64, 40]
+    """More requests than are computed at once, one of them in splits and one in halves."""
+    lengths = [7000, 3, 1100, *[9] * 64, 40]
     case = make(dtype, heads=9, nope=24, rope=8, rank=120, value_dim=20, lengths=lengths)
     together = on_threads(1, lambda: case.run(path))
     for threads in (2, 5):

@@ -23,8 +23,8 @@ NAMES = (
     *("fp8", "fp8-b16", "fp8-b128", "fp8-g32-e8m0", "int8", "int8-g32-f16", "int8-g16-f32-z-r"),
     *("int4-g32", "int4-g48-f16-z", "int4-g128-f16-z", "int4-b32", "int4-bf16", "mxfp4", "nvfp4", "fp4-g80-z"),
 )
-SIZES = ((70, 208), (131, 96), (9, 48), (3, 1168))  # rows and width
-TOKENS = (1, 3, 17, 200)
+SIZES = ((70, 208), (131, 96), (9, 48), (3, 1168), (5, 2992))  # rows and width
+TOKENS = (1, 3, 7, 17, 200)
 
 
 def sane(name: str, rows: int, width: int, *, seed: int = 0) -> Packed:
@@ -137,7 +137,8 @@ def test_any_bytes_are_multiplied(path: str, name: str) -> None:
 def test_neither_neighbours_nor_threads_change_a_result(path: str, name: str, dtype: torch.dtype) -> None:
     packed = sane(name, 330, 2400)
     x = torch.randn(150, 2400).to(dtype)
-    for tokens, some in ((4, (slice(0, 1), slice(1, 4))), (150, (slice(20, 41), slice(50, 149)))):
+    few, more, many = (slice(0, 1), slice(1, 4)), (slice(0, 5), slice(1, 7)), (slice(20, 41), slice(50, 149))
+    for tokens, some in ((4, few), (8, more), (150, many)):
         together = on_threads(1, lambda tokens=tokens: product(path, x[:tokens], packed))
         assert torch.equal(on_threads(3, lambda tokens=tokens: product(path, x[:tokens], packed)), together)
         for part in some:
