@@ -1,6 +1,7 @@
 """Profiles of machines with GPUs, put together from fake ones whose tensors live on the CPU."""
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, cycle
@@ -242,10 +243,13 @@ def test_a_gpu_issues_its_own_operators_whatever_the_hosts_kernels_fuse(groups):
     def multiply(x, weight, out):
         torch.mm(x, weight.T, out=out)
 
+    def attend(_, cache, *__):
+        time.sleep(1e-5 * len(cache))  # more tokens take longer: what takes nothing has a rate without end now and then
+
     def leave(*_):
         pass
 
-    kernels = HostKernels(name="some", multiply=multiply, attend=leave, stage=leave, fuses_operators=True)
+    kernels = HostKernels(name="some", multiply=multiply, attend=attend, stage=leave, fuses_operators=True)
     with small_sizes() as patch:
         profile = measure([FakeGpu(groups_experts=groups)], patch=patch, kernels=kernels)
     assert profile.host.processor.fuses_operators
