@@ -14,6 +14,7 @@ MB: Final = 10**6
 GB: Final = 10**9
 TB: Final = 10**12
 LARGEST: Final = 1e18  # of bytes, rates and seconds of a machine; 64 bits hold such an integer
+_MOST_DIGITS: Final = 18
 KIB: Final = 2**10
 MIB: Final = 2**20
 GIB: Final = 2**30
@@ -171,6 +172,11 @@ def format_flops(flops_per_s: float) -> str:
 def format_count(count: float) -> str:
     """Print a number of parameters: `46.7 B`, `5.7 M`."""
     return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def is_whole_number(text: str) -> bool:
+    """Whether it is decimal digits, and no more than anything that is counted has: `int` raises for thousands."""
+    return text.isdecimal() and len(text) <= _MOST_DIGITS
 
 
 def counted(count: int, what: str) -> str:

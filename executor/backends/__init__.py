@@ -6,6 +6,7 @@ from typing import Final, NamedTuple
 from executor.backends.base import AbstractBackend, EmulatedMachine, in_thread_of_its_own
 from executor.errors import RunError
 from hrm.errors import meant
+from hrm.units import is_whole_number
 
 __all__ = [
     "BACKENDS",
@@ -55,7 +56,7 @@ def _cuda(accelerator: str, _: EmulatedMachine | None, gpu_memory_bytes: int | N
     from executor.backends.cuda import CudaBackend
 
     index = accelerator.partition(":")[2] or "0"
-    if not index.isdecimal():
+    if not is_whole_number(index):
         raise RunError("--accelerator", accelerator, "must name one device, as in cuda:0", "correct it")
     return CudaBackend(int(index), gpu_memory_bytes)
 

@@ -23,6 +23,7 @@ from hrm.parallel import used_of
 from hrm.policy import Parallelism, ScheduleName
 from hrm.policy_file import PolicyFile, policy_file_of
 from hrm.scaling import paced
+from hrm.units import is_whole_number
 from hrm.workload import Workload
 
 PROMPT_LEN: Final = 64  # without a policy and unless told otherwise
@@ -175,7 +176,7 @@ def _all_of(accelerator: str, gpus: int) -> str:
         kind = "cuda"
     if kind == "emulated":
         return f"emulated:{gpus}"
-    if kind == "cuda" and (first or "0").isdecimal():
+    if kind == "cuda" and is_whole_number(first or "0"):
         return f"cuda:{','.join(str(int(first or 0) + gpu) for gpu in range(gpus))}"
     rule = f"must be cuda or emulated for {gpus} of them"
     raise JobError("--accelerator", accelerator, rule, "say which, with --gpu-memory and --link-bandwidth if emulated")

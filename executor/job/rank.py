@@ -30,6 +30,7 @@ from hrm.run_record import RankRecord
 from hrm.strict import decode_strictly
 from hrm.tasks import Lane, Phase, TaskId
 from hrm.trace import Span
+from hrm.units import is_whole_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +151,7 @@ def for_rank(options: AcceleratorOptions, rank: int, size: int, gpus: Sequence[i
         return options
     numbers = gpus or range(size)
     devices = (named or str(numbers[0])).split(",")
-    if len(devices) not in (1, size) or not all(device.isdecimal() for device in devices):
+    if len(devices) not in (1, size) or not all(map(is_whole_number, devices)):
         rule = f"must name the first device, as in cuda:0, or one for each of {size} ranks, as in cuda:0,1"
         raise RunError("--accelerator", options.name, rule, "correct it")
     own = devices[rank] if len(devices) == size else int(devices[0]) + numbers[rank] - numbers[0]

@@ -7,6 +7,7 @@ from typing import Any, Final, final
 from executor.checkpoint import DOWNLOAD_AGAIN
 from executor.errors import CheckpointError
 from hrm.decoding import read_json_object
+from hrm.units import is_whole_number
 
 TOKENIZER_CONFIG_FILE: Final = "tokenizer_config.json"
 MAP_FILE: Final = "special_tokens_map.json"
@@ -65,7 +66,7 @@ def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
 def _added(tokens: Any, path: Path) -> dict[int, dict[str, Any]]:
     """The added tokens by id, in the order of their ids."""
     holds = isinstance(tokens, dict) and all(
-        str(number).isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str)
+        is_whole_number(str(number)) and isinstance(token, dict) and isinstance(token.get("content"), str)
         for number, token in tokens.items()
     )
     if not holds:

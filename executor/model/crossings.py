@@ -29,7 +29,7 @@ from hrm.decoding import Malformed, decode_json
 from hrm.hardware import HardwareProfile
 from hrm.locks import open_locked
 from hrm.profiling.environment import BUSY, Others, host_facts
-from hrm.units import MIB, counted
+from hrm.units import MIB, counted, is_whole_number
 
 VARIABLE: Final = "EXECUTOR_NATIVE_UP_TO"
 ALWAYS: Final = 1 << 30
@@ -176,7 +176,7 @@ def _given() -> int | None:
     text = os.environ.get(VARIABLE)
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit()):
+    if not is_whole_number(text):
         raise RunError(VARIABLE, text, "must be a whole number, the greatest size for native kernels", "correct it")
     return min(int(text), ALWAYS)
 

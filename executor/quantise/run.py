@@ -28,6 +28,7 @@ from hrm.hub import CONFIG_FILE
 from hrm.model_spec import What, decoder_keys
 from hrm.model_spec.published_dtype import QUANTISATION_KEYS
 from hrm.model_spec.quantisation import TEXT_PREFIXES, scale_dtype
+from hrm.units import is_whole_number
 
 OUT: Final = "--out"
 WEIGHT: Final = ".weight"
@@ -226,7 +227,7 @@ class _Work:
 
 def _in_order(name: str) -> list[tuple[int, str]]:
     """By numbers in a name as numbers."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if is_whole_number(part) else (-1, part) for part in name.split(".")]
 
 
 def _write_index(folder: Path, entries: Mapping[Path, Mapping[str, Entry]], num_bytes: int) -> None:

@@ -12,6 +12,7 @@ from hrm.units import (
     format_bytes,
     format_flops,
     format_seconds,
+    is_whole_number,
     parse_bandwidth,
     parse_bytes,
     parse_flops,
@@ -109,6 +110,11 @@ def test_durations_read_from_microseconds_to_hours(text, seconds):
 def test_what_is_no_duration_is_refused(text):
     with pytest.raises(UnitError, match=r"--max-ttft is .*: must be a positive duration"):
         parse_seconds(text, "--max-ttft")
+
+
+def test_a_whole_number_has_digits_alone_and_no_thousands_of_them():
+    whole = ["0", "007", "9" * 18]
+    assert [text for text in (*whole, "", "-1", "1.0", "²", " 1", "x", "9" * 5000) if is_whole_number(text)] == whole
 
 
 def test_a_size_with_endless_blanks_is_refused_at_once():

@@ -25,7 +25,7 @@ from hrm.profiling.machine.options import DTYPES, ProfileOptions
 from hrm.profiling.machine.run import Run
 from hrm.profiling.machine.steps import ProfilingInterrupted, Progress, Steps
 from hrm.profiling.passes import flag_noisy
-from hrm.units import counted
+from hrm.units import counted, is_whole_number
 
 if TYPE_CHECKING:
     from hrm.profiling.gpu import AbstractGpu
@@ -146,7 +146,7 @@ def _resolve(accelerator: str) -> tuple[AcceleratorKind, tuple[int, ...]]:
     if accelerator == "auto":
         return ("cuda", (0,)) if count else ("cpu", ())
     words = (which or "0").split(",")
-    if name != "cuda" or not (which == "all" or all(word.isdecimal() for word in words)):
+    if name != "cuda" or not (which == "all" or all(map(is_whole_number, words))):
         raise ProfileError(
             "--accelerator",
             accelerator,

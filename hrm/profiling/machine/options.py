@@ -11,7 +11,7 @@ from hrm.errors import ProfileError
 from hrm.formats import FORMATS
 from hrm.model_spec import ModelSpec
 from hrm.scaling import Resource
-from hrm.units import KIB, format_bandwidth, format_bytes
+from hrm.units import KIB, format_bandwidth, format_bytes, is_whole_number
 
 DTYPES: Final = ("bfloat16", "float16", "float32")
 QUICK_PART_S: Final = 0.75  # a part of a step in all passes; machines have 30 to 100 of them
@@ -59,7 +59,7 @@ class ProfileOptions:
     def emulated_count(self) -> int:
         """How many emulated accelerators there are to be; ProfileError if that is no number from 1 on."""
         _, _, count = self.accelerator.partition(":")
-        if count and not (count.isdecimal() and 1 <= int(count) <= MOST_EMULATED):
+        if count and not (is_whole_number(count) and 1 <= int(count) <= MOST_EMULATED):
             rule = f"must be emulated, or emulated:N for up to {MOST_EMULATED} accelerators"
             raise ProfileError("--accelerator", self.accelerator, rule, "correct it")
         return int(count or 1)

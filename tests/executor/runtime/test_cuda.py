@@ -345,6 +345,7 @@ def test_without_a_card_there_is_none(name):
         make_backend(name, None)
 
 
-def test_several_at_once_are_refused():
+@pytest.mark.parametrize("devices", ["0,1", "9" * 5000], ids=["several", "thousands of digits"])
+def test_what_is_no_number_of_a_device_is_refused(devices):
     with pytest.raises(RunError, match="must name one device"):
-        make_backend("cuda:0,1", None)
+        make_backend(f"cuda:{devices}", None)

@@ -146,6 +146,12 @@ def test_tokens_whose_ids_do_not_follow_are_refused(number, tmp_path):
         ours(tmp_path)
 
 
+def test_an_id_of_thousands_of_digits_is_refused(tmp_path):
+    write(tmp_path, trained("bpe", **STYLES["llama"]), added_tokens_decoder={"9" * 5000: END})
+    with pytest.raises(CheckpointError, match="added tokens is <malformed>"):
+        ours(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["word", "char"])
 def test_other_kinds_of_models_are_refused(kind, tmp_path):
     write(tmp_path, trained(kind, use_all_vocab=True))

@@ -261,6 +261,8 @@ def test_a_mistake_in_the_options_leaves_no_file(tmp_path):
         ({"accelerator": "tpu"}, r"--accelerator is 'tpu': must be auto, cuda:K, cuda:K,K"),
         ({"accelerator": "cuda:0,x"}, r"--accelerator is 'cuda:0,x': must be auto"),
         ({"accelerator": "cuda:99"}, r"--accelerator is 'cuda:99': torch .* sees \d+ CUDA devices"),
+        ({"accelerator": f"cuda:{'9' * 5000}"}, r"--accelerator is 'cuda:9+\.\.\.9+': must be auto"),
+        ({"accelerator": f"emulated:{'9' * 5000}"}, r"--accelerator is 'emulated:9+\.\.\.9+': must be emulated"),
         ({"accelerator": "cuda:0,0"}, r"--accelerator is 'cuda:0,0': names a device twice"),
         ({"accelerator": "cpu", "dtypes": ["int3"]}, r"--dtype is 'int3': must be one of float32"),
         (
