@@ -255,9 +255,12 @@ def _of_share(turns: Sequence[Turn], stage: int | None) -> tuple[Turn, ...]:
 
 
 def _what_tells_apart(share: Share, turns: tuple[Turn, ...]) -> Hashable:
-    """Stages for which this is the same take equally long: they may have other layers of the model, but such ones."""
-    spec = share.part.spec
-    return spec.layers, spec.has_embedding, spec.has_head, share.part.profile.name, turns
+    """Stages for which this is the same take equally long: they may have other layers of the model, but such ones.
+
+    Stages on GPUs alike with as large a share of the host have one and the same profile, see `stage_part`.
+    """
+    spec, profile = share.part
+    return spec.layers, spec.has_embedding, spec.has_head, id(profile), turns
 
 
 def _batches(
