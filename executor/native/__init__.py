@@ -3,13 +3,20 @@
 They are there if a C++ compiler built them when the package was installed; otherwise, and with
 EXECUTOR_NATIVE=0 in the environment, the same is computed by torch. Of several paths through them,
 one for each set of a processor's instructions, the fastest that it has is taken;
-EXECUTOR_NATIVE=avx2 (say) takes that one. They work in place, on as many threads as torch may use
-in the calling one, and without the interpreter's lock. No request's result depends on what else is
-computed with it, nor on the number of threads.
+EXECUTOR_NATIVE=avx2 (say) takes that one: amx, avx512-bf16, avx512, avx2 or portable. They work in place,
+on as many threads as torch may use in the calling one, and without the interpreter's lock. No request's
+result depends on what else is computed with it, but as said below, nor on the number of threads.
+
+The path amx, on Linux where the kernel lends AMX's tiles, is avx512 but for what bfloat16 tiles take: products of
+more than 8 tokens with a matrix, each expert's tokens by themselves, in sums of another order, and what latent
+attention multiplies with its cache, if it has 16 heads or a multiple. Matrices stay as they are stored; packed ones
+are written out as bfloat16 for tiles. Tiles of eight bits are not used, as activations never have so few here.
+All of it was tested with plain code in the place of tiles; no processor with AMX has timed it yet.
 
 Matrices may be packed: weights are multiplied as they are stored. With a few tokens, at most 8, it is their codes
 that are multiplied, and the sums of codes that share a scale with it; with more, weights are first written
-out, as bfloat16 if the tokens are and the path has dot products of them, else as float32. So a result may
+out, as bfloat16 if the tokens are and the path has dot products or, of more than 8 tokens, tiles of them, else as
+float32. So a result may
 differ in its roundings with how many tokens there are. Before it is rounded itself, it is that of the
 weights that are meant in float32 to within 1e-6 of the sum of what is added, as magnitudes, or 2^-8 where
 weights are rounded to bfloat16. Codes or scales that are not finite make results of their rows that are not.

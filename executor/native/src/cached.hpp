@@ -39,7 +39,7 @@ inline void store_as(Fp16* to, Floats values) {
 }
 
 inline void store_as(Bf16* to, Floats values) {
-#ifdef PATH_AVX512_BF16
+#if defined(PATH_AVX512_BF16) || defined(PATH_AMX)
     const __m256i halves = (__m256i)_mm512_cvtneps_pbh(values);
 #else
     const __m512i bits = _mm512_castps_si512(values), one = _mm512_set1_epi32(1);

@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "paths.hpp"
 #include "schedule.hpp"
 #include "tape.hpp"
 
@@ -16,7 +17,6 @@ namespace nb = nanobind;
 namespace native {
 
 // std::invalid_argument if there is none.
-const Path& path_named(const std::string& name);
 Dtype dtype_named(const std::string& name);
 
 // The sizes were checked by whoever planned them; that addresses stay inside them is checked here.

@@ -87,7 +87,7 @@ struct Singles : KIND {
     }
 };
 
-#ifdef PATH_AVX512_BF16
+#if defined(PATH_AVX512_BF16) || defined(PATH_AMX)
 typedef uint16_t Words __attribute__((vector_size(64)));
 
 inline void store(Bf16* to, __m512bh numbers) { _mm512_storeu_si512(to, (__m512i)numbers); }
@@ -132,7 +132,7 @@ struct Pairs : KIND {
         Floats sums = zeros();
         UNROLL
         for (int k = 0; k < OPERANDS; ++k) {
-            sums = Dot<Bf16>::step(sums, ones, (__m512bh)vectors[k]);
+            sums = _mm512_dpbf16_ps(sums, ones, (__m512bh)vectors[k]);
             _mm512_storeu_si512(to + k * 2 * LANES, (__m512i)vectors[k]);
         }
         return sums;
@@ -254,5 +254,35 @@ struct Kinds<Bf16> {
     using Narrow = Pairs<E4m3Words>;
 };
 #endif
+
+// The kind by which codes are written out for tiles, as bfloat16s in the order of their columns.
+template <typename C>
+struct Rounded : C {
+    using Number = Bf16;
+    using C::C;
+};
+
+template <typename C>
+struct TiledOf {
+    using Kind = Rounded<C>;
+};
+
+#ifdef PATH_AMX
+template <>
+struct TiledOf<Singles<HalfBytes, Bf16>> {
+    using Kind = Pairs<HalfByteWords>;
+};
+template <>
+struct TiledOf<Singles<SignedBytes, Bf16>> {
+    using Kind = Pairs<SignedWords>;
+};
+template <>
+struct TiledOf<Singles<E4m3Bytes, Bf16>> {
+    using Kind = Pairs<E4m3Words>;
+};
+#endif
+
+template <typename C>
+using Tiled = typename TiledOf<C>::Kind;
 
 }  // namespace

@@ -47,6 +47,20 @@ inline void scale(float* products, float weight, int64_t columns) {
     for (int64_t c = 0; c < columns; ++c) products[c] *= weight;
 }
 
+// Take so many columns of activations of the tokens of a group that are arranged together, up to its `last`.
+template <typename T>
+void keep_arranged(
+    const Experts& shape, const ExpertGroup& group, const T (&activations)[TILE][COLUMNS], int64_t last,
+    int64_t first, int64_t columns) {
+    if constexpr (TILED<T>) {
+        const T* rows[TILE];
+        for (int t = 0; t < TILE; ++t) rows[t] = activations[t];
+        Bf16* const kept = reinterpret_cast<Bf16*>(shape.activations + group.first_row * shape.activation_stride);
+        const int64_t before = native::arranged_elements(last / TILE * TILE, shape.intermediate) + first * TILE;
+        arrange(rows, static_cast<int>(last % TILE + 1), columns, kept + before);
+    }
+}
+
 template <typename T>
 void gate(
     const Experts& shape, const ExpertGroup& group, int64_t first, int64_t last,
@@ -57,9 +71,7 @@ void gate(
     const int64_t columns = last - first;
     with_packing<T>(shape.packing13, [&]<typename W>(const W& weights) {
         for (int64_t t = 0; t < group.count;) {
-            const int tokens = at_once<W>(group.count - t);
-            const T* rows[W::TOKENS];
-            for (int i = 0; i < tokens; ++i) rows[i] = x + group.tokens[t + i] * shape.x_stride;
+            const int tokens = at_once<W>(group.count - t, group.arranged);
             const Matrix* following = next && t + tokens == group.count ? &next->w13 : nullptr;
             const int64_t next_tokens = next ? next->count : 0;
             float *const gated = scratch, *const up = scratch + PRODUCTS / 2;
@@ -67,7 +79,15 @@ void gate(
                 {group.w13, first, following, next_first, next_tokens, gated},
                 {group.w13, shape.intermediate + first, following, shape.intermediate + next_first, next_tokens, up},
             };
-            weights.multiply(both, columns, shape.hidden, rows, shape.x_stride, tokens, scratch + PRODUCTS);
+            if (group.arranged) {
+                multiply_arranged<T>(
+                    weights, both, columns, shape.hidden, group.arranged, t, tokens, scratch + PRODUCTS);
+            } else {
+                const T* rows[W::TOKENS];
+                for (int i = 0; i < tokens; ++i) rows[i] = x + group.tokens[t + i] * shape.x_stride;
+                weights.multiply(both, columns, shape.hidden, rows, shape.x_stride, tokens, scratch + PRODUCTS);
+            }
+            T narrowed[TILE][COLUMNS];
             for (int i = 0; i < tokens; ++i) {
                 float *products = gated + i * COLUMNS, *ups = up + i * COLUMNS;
                 if (shape.weight_on_input) {
@@ -79,11 +99,15 @@ void gate(
                     add_bias(ups, bias + shape.intermediate + first, columns);
                 }
                 curve.activate(products, ups);
-                T narrowed[COLUMNS];
-                for (int64_t c = 0; c < columns; ++c) narrow(products[c], narrowed + c);
+                T* const activated = narrowed[i % TILE];
+                for (int64_t c = 0; c < columns; ++c) narrow(products[c], activated + c);
+                if (group.arranged) {
+                    if (i % TILE == TILE - 1 || i + 1 == tokens) keep_arranged(shape, group, narrowed, t + i, first, columns);
+                    continue;
+                }
                 float* row = shape.activations + (group.first_row + t + i) * shape.activation_stride;
                 with_packing<T>(shape.packing2, [&]<typename W2>(const W2&) {
-                    W2::keep(narrowed, columns, row, first);
+                    W2::keep(activated, columns, row, first);
                 });
             }
             t += tokens;
@@ -104,7 +128,7 @@ void project(
             const ExpertGroup& coming = groups[is_last_group ? 0 : e + 1];
             const Matrix* following = !is_last_group || next >= 0 ? &coming.w2 : nullptr;
             for (int64_t t = 0; t < group.count;) {
-                const int tokens = at_once<W>(group.count - t);
+                const int tokens = at_once<W>(group.count - t, group.arranged);
                 float* const kept = shape.activations + (group.first_row + t) * shape.activation_stride;
                 const int32_t* const places = group.tokens + t;
                 for (int i = 0; i < tokens; ++i) {  // what is added to, wherever it lies
@@ -114,9 +138,15 @@ void project(
                     group.w2, first, t + tokens == group.count ? following : nullptr,
                     is_last_group ? next : first, coming.count, scratch,
                 }};
-                weights.multiply_kept(
-                    all, last - first, shape.intermediate, kept, shape.activation_stride, tokens,
-                    scratch + PRODUCTS);
+                if (group.arranged) {
+                    const float* const all_kept = shape.activations + group.first_row * shape.activation_stride;
+                    multiply_arranged<T>(
+                        weights, all, last - first, shape.intermediate, all_kept, t, tokens, scratch + PRODUCTS);
+                } else {
+                    weights.multiply_kept(
+                        all, last - first, shape.intermediate, kept, shape.activation_stride, tokens,
+                        scratch + PRODUCTS);
+                }
                 for (int i = 0; i < tokens; ++i) {
                     float* const products = scratch + i * COLUMNS;
                     if (group.bias2) add_bias(products, static_cast<const T*>(group.bias2) + first, last - first);

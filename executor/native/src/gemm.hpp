@@ -6,6 +6,7 @@
 #pragma once
 
 #include "in_turn.hpp"
+#include "tiles.hpp"
 
 namespace {
 
@@ -301,6 +302,26 @@ struct Plain {
         multiply_slices(slices, rows, width, inputs, count);
     }
 
+    // Products with tokens that lie arranged.
+    template <int NUM>
+    void multiply_arranged(
+        const Slice (&slices)[NUM], int64_t rows, int64_t width, const Bf16* arranged, int count, float*) const {
+        constexpr int64_t SIZE = sizeof(T);
+        TileRows sets[NUM];
+        multiply_by_tiles(sets, rows, width, arranged, count, [&](int64_t start, int64_t length) {
+            for (int i = 0; i < NUM; ++i) {
+                const Slice& slice = slices[i];
+                const T* const here = row_of(slice.matrix, slice.first, width) + start;
+                const bool is_last = start + length == width;
+                const T* const next = !is_last     ? here + length
+                                      : slice.next ? row_of(*slice.next, slice.next_first, width)
+                                                   : nullptr;
+                const RowsAhead ahead(next, width * SIZE, length * SIZE, rows);
+                sets[i] = {here, width, false, ahead, piece_sums(slice.results)};
+            }
+        });
+    }
+
   private:
     template <int NUM, typename Tokens>
     static void multiply_slices(
@@ -308,13 +329,14 @@ struct Plain {
         Rows<T> sets[NUM];
         for (int i = 0; i < NUM; ++i) {
             const Slice& slice = slices[i];
-            const auto at = [&](const native::Matrix& matrix, int64_t row) {
-                return static_cast<const T*>(matrix.numbers) + row * width;
-            };
-            const T* following = slice.next ? at(*slice.next, slice.next_first) : nullptr;
-            sets[i] = {at(slice.matrix, slice.first), following, slice.next_tokens, slice.results};
+            const T* following = slice.next ? row_of(*slice.next, slice.next_first, width) : nullptr;
+            sets[i] = {row_of(slice.matrix, slice.first, width), following, slice.next_tokens, slice.results};
         }
         ::multiply(sets, rows, width, inputs, count);
+    }
+
+    static const T* row_of(const native::Matrix& matrix, int64_t row, int64_t width) {
+        return static_cast<const T*>(matrix.numbers) + row * width;
     }
 };
 

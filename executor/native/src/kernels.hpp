@@ -37,6 +37,7 @@ struct Heads {
     const float* sinks;      // of each head a logit that has no value, or null
     int64_t token_bytes = 0;  // from token to token of the cache
     const CodedRows* coded = nullptr;  // how it is quantised, if it is
+    bool is_tiled = false;    // latent attention is by tiles
 };
 
 // Floats that a tile's elements need that are made of codes.
@@ -80,11 +81,13 @@ static inline int64_t absorbing_floats(const Latent& shape) {
     return (1 + rounded_up(shape.nope, 2)) * padded + shape.requests * padded_rank(shape);
 }
 
-// Floats of scratch to attend: every head's query, factor and scores, some rows of the cache, widened, and
-// a tile's elements.
+constexpr int64_t TILED_LATENT_TOKENS = 128;  // that are computed at a time by tiles
+
+// Floats of scratch to attend: every head's query, factor, scores and, by tiles, weights of half a float, some rows
+// of the cache, widened, and a tile's elements.
 static inline int64_t latent_floats(const Heads& shape) {
     constexpr int64_t ROWS = 8;
-    return padded_heads(shape) * (1 + shape.tile_tokens) +
+    return padded_heads(shape) * (1 + shape.tile_tokens + (shape.is_tiled ? shape.tile_tokens / 2 : 0)) +
            (shape.heads + ROWS) * rounded_up(shape.token_elements, ACCUMULATOR_UNIT) + tile_floats(shape);
 }
 
@@ -148,6 +151,7 @@ struct ExpertGroup {
     const int32_t* tokens;
     const float* weights;   // by which each token's output, or its input, is multiplied
     int64_t count, first_row;
+    const void* arranged;   // its input rows, arranged for tiles, as its activations will be; or null
 };
 
 // How gate and up become an activation: gate * sigmoid(slope * gate) * up with a slope of 1, or one
@@ -178,6 +182,7 @@ struct Linear {
     void* out;
     int64_t out_stride;
     bool add;
+    const void* arranged = nullptr;  // rows of `x`, arranged for tiles, or null
 };
 
 // Each head of each row of `tokens`, `heads` of `width` elements one after the other, times `weight`
@@ -239,6 +244,14 @@ struct Greatest {
 
 constexpr int COLUMNS = 64;  // of the activations or the output that are one piece of work
 constexpr int MOST_TOKENS = 192;  // whose products with them are held at a time
+constexpr int TILE = 16;          // rows of a tile, and tokens that are arranged for tiles together
+constexpr int TILE_COLUMNS = 32;  // of a bfloat16 matrix
+
+// Elements of so many tokens, arranged for tiles. For 8 tokens and more it is no more than two rows each.
+static inline int64_t arranged_elements(int64_t tokens, int64_t width) {
+    return rounded_up(tokens, TILE) * rounded_up(width, TILE_COLUMNS);
+}
+
 constexpr int PANEL_ROW_BYTES = 2048 + 64;  // of packed weights that were unpacked for many tokens
 
 // Floats of scratch of a piece: two matrices' products and panels.
@@ -248,6 +261,10 @@ struct Path {
     const char* name;
     // The number of a quantised cache's codes that are called so, or -1.
     int (*codes_named)(const char* name);
+    // Of how many tokens on matrices are multiplied with bfloat16s by tiles, if these are arranged for it; 0: never.
+    int64_t least_tiled;
+    // Arrange up to TILE rows of so many bfloat16s: those that `rows` names, or the first.
+    void (*arrange)(const void* x, int64_t stride, const int32_t* rows, int count, int64_t width, void* to);
     // Softmax of `tokens` tokens of the cache from `cache` on, started anew in `state`; what begins
     // at `next`, if it is not null, is fetched with the last of them.
     void (*attend[NUM_DTYPES])(
@@ -296,8 +313,10 @@ struct Path {
 };
 
 extern const Path portable_path;
+extern const Path portable_tiles_path;  // for tests: what it does without them is faster
 extern const Path avx2_path;
 extern const Path avx512_path;
 extern const Path avx512_bf16_path;
+extern const Path amx_path;
 
 }  // namespace native

@@ -4,6 +4,7 @@
 
 #include "attention.hpp"
 #include "gemm.hpp"
+#include "latent_tiles.hpp"
 
 namespace {
 
@@ -142,6 +143,11 @@ void attend_latent(
     const void* following, float* state_memory, float* scratch) {
     const char* cache = static_cast<const char*>(first_token);
     const T* const queries = static_cast<const T*>(query_rows);
+    if constexpr (TILED<T>) {
+        if (shape.is_tiled) {
+            return attend_latent_by_tiles(shape, queries, cache, tokens, following, state_memory, scratch);
+        }
+    }
     const State state(shape, state_memory);
     begin(shape, state);
     Heads keyed = shape;

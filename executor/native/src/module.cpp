@@ -24,35 +24,11 @@ using native::path_named;
 using native::perform;
 using native::require;
 
-// Paths that this processor can run, the fastest first. Intel's dot products of bfloat16 take two
-// cycles each and so are slower than widening and AVX-512's multiply-adds; AMD's take one.
-std::vector<const native::Path*> usable_paths() {
-    std::vector<const native::Path*> paths;
-#ifdef WITH_X86_PATHS
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vl");
-    if (avx512) paths.push_back(&native::avx512_path);
-    if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")) {
-        const auto place = __builtin_cpu_is("intel") ? paths.end() : paths.begin();
-        paths.insert(place, &native::avx512_bf16_path);
-    }
-    if (avx2) paths.push_back(&native::avx2_path);
-#endif
-    paths.push_back(&native::portable_path);
-    return paths;
-}
-
-const std::vector<const native::Path*> PATHS = usable_paths();
-
 // How a cache's rows are coded: not at all if the codes have no name.
 native::CodedRows coded_rows(
     const std::string& codes, int64_t row_bytes, int64_t scales, int64_t parts, int64_t first, int64_t others) {
     if (codes.empty()) return {};
-    const int number = PATHS.front()->codes_named(codes.c_str());
+    const int number = native::paths().front()->codes_named(codes.c_str());
     if (number < 0) throw std::invalid_argument("no such codes: " + codes);
     return {number, row_bytes, scales, parts, first, others};
 }
@@ -166,13 +142,6 @@ std::pair<Counts, Counts> run_experts(
 
 namespace native {
 
-const Path& path_named(const std::string& name) {
-    for (const Path* path : PATHS) {
-        if (name == path->name) return *path;
-    }
-    throw std::invalid_argument("no such path on this processor: " + name);
-}
-
 Dtype dtype_named(const std::string& name) {
     if (name == "bfloat16") return BFLOAT16;
     if (name == "float16") return FLOAT16;
@@ -185,7 +154,7 @@ Dtype dtype_named(const std::string& name) {
 NB_MODULE(_kernels, module) {
     module.def("paths", [] {
         std::vector<std::string> names;
-        for (const native::Path* path : PATHS) names.emplace_back(path->name);
+        for (const native::Path* path : native::paths()) names.emplace_back(path->name);
         return names;
     });
 

@@ -103,6 +103,34 @@ class PackedIn {
         multiply(slices, rows, width, tokens, stride * ELEMENTS, count, scratch);
     }
 
+    // Products with tokens that lie arranged: each stretch of the rows is unpacked into a panel.
+    template <int NUM>
+    void multiply_arranged(
+        const Slice (&slices)[NUM], int64_t rows, int64_t width, const Bf16* arranged, int count,
+        float* scratch) const {
+        constexpr int64_t APART = native::PANEL_ROW_BYTES / sizeof(Bf16);
+        Bf16* const panels = reinterpret_cast<Bf16*>(scratch);
+        TileRows sets[NUM];
+        multiply_by_tiles(sets, rows, width, arranged, count, [&](int64_t start, int64_t length) {
+            for (int i = 0; i < NUM; ++i) {
+                const Slice& slice = slices[i];
+                Bf16* const panel = panels + i * COLUMNS * APART;
+                unpack<Tiled<C>>(slice, rows, width, start, length, panel);
+                if constexpr (Tiled<C>::COLUMNS < TILE_COLUMNS) {  // the last tile may begin where codes end
+                    const int64_t written = native::rounded_up(length, Tiled<C>::COLUMNS);
+                    const int64_t left = native::rounded_up(length, TILE_COLUMNS) - written;
+                    for (int64_t r = 0; r < rows; ++r) std::memset(panel + r * APART + written, 0, left * sizeof(Bf16));
+                }
+                const Matrix* const next = slice.next;
+                const int64_t passed = rows * bytes_of(start);
+                const RowsAhead ahead(
+                    next ? codes_at_row(*next, slice.next_first, bytes_of(width), passed) : nullptr, 0,
+                    rows * bytes_of(start + length) - passed, 1);
+                sets[i] = {panel, APART, true, ahead, piece_sums(slice.results)};
+            }
+        });
+    }
+
   private:
     const Packing& packing_;
 
@@ -116,7 +144,10 @@ class PackedIn {
         return packing_.code == native::INT4 || packing_.code == native::FP4 ? columns / 2 : columns;
     }
 
-    C kind_of(const Matrix& matrix) const { return C(half_byte_table(packing_.code, matrix.zeros)); }
+    template <typename K = C>
+    K kind_of(const Matrix& matrix) const {
+        return K(half_byte_table(packing_.code, matrix.zeros));
+    }
 
     template <int RUN, int NUM>
     void by_codes(
@@ -203,7 +234,7 @@ class PackedIn {
             const int64_t columns = width - start < stretch ? width - start : stretch;
             const int64_t length = IN_ORDER ? columns : native::rounded_up(columns, C::COLUMNS);
             for (int i = 0; i < NUM; ++i) {
-                unpack(slices[i], rows, width, start, columns, panels + i * COLUMNS * APART);
+                unpack<C>(slices[i], rows, width, start, columns, panels + i * COLUMNS * APART);
             }
             for (int tile = 0, token = 0; tile < tiles; ++tile) {
                 const int end = (tile + 1) * count / tiles;
@@ -231,13 +262,16 @@ class PackedIn {
         }
     }
 
+    // Write a stretch of some rows out as codes of the kind K are.
+    template <typename K>
     void unpack(
-        const Slice& slice, int64_t rows, int64_t width, int64_t start, int64_t columns, Number* panel) const {
-        constexpr int64_t APART = native::PANEL_ROW_BYTES / sizeof(Number);
-        const C kind = kind_of(slice.matrix);
+        const Slice& slice, int64_t rows, int64_t width, int64_t start, int64_t columns,
+        typename K::Number* panel) const {
+        constexpr int64_t APART = native::PANEL_ROW_BYTES / sizeof(*panel);
+        const K kind = kind_of<K>(slice.matrix);
         const int64_t row_bytes = bytes_of(width), offset = bytes_of(start);
-        Strip<C::COLUMNS> strip(packing_, width);
-        Unpacker<C> unpacker{kind, strip};
+        Strip<K::COLUMNS> strip(packing_, width);
+        Unpacker<K> unpacker{kind, strip};
         for (int64_t row = 0; row < rows; ++row) {
             const int64_t in_strip = row % STRIP_ROWS;
             if (in_strip == 0) {
@@ -246,18 +280,18 @@ class PackedIn {
             }
             const float* const scales = strip.scales + in_strip * strip.apart;
             const float* const less = slice.matrix.zeros ? strip.less + in_strip * strip.apart : nullptr;
-            Number* const to = panel + row * APART;
+            auto* const to = panel + row * APART;
             const uint8_t* const codes = codes_at_row(slice.matrix, slice.first + row, row_bytes, offset);
             const auto write = [&](int64_t s, const uint8_t* from) {
                 const int64_t place = s * strip.units;
-                unpacker.write(codes_at(from), scales + place, less ? less + place : nullptr, to + s * C::COLUMNS);
+                unpacker.write(codes_at(from), scales + place, less ? less + place : nullptr, to + s * K::COLUMNS);
             };
             constexpr int64_t BYTES = sizeof(Codes);
-            const int64_t whole = columns / C::COLUMNS, left = columns % C::COLUMNS;
+            const int64_t whole = columns / K::COLUMNS, left = columns % K::COLUMNS;
             for (int64_t s = 0; s < whole; ++s) write(s, codes + s * BYTES);
             if (left > 0) {
                 uint8_t last[BYTES];
-                write(whole, last_step<C>(codes + whole * BYTES, left, last));
+                write(whole, last_step<K>(codes + whole * BYTES, left, last));
             }
         }
     }
@@ -266,8 +300,20 @@ class PackedIn {
 constexpr int64_t PRODUCTS = 2 * native::MOST_TOKENS * COLUMNS;  // floats of scratch before panels
 
 template <typename W>
-int at_once(int64_t tokens) {
-    return static_cast<int>(tokens < W::TOKENS ? tokens : W::TOKENS);
+int at_once(int64_t tokens, bool are_arranged) {
+    const int most = are_arranged ? native::MOST_TOKENS : W::TOKENS;
+    return static_cast<int>(tokens < most ? tokens : most);
+}
+
+// Products of `rows` rows of each slice with tokens from `first` on, a multiple of TILE, that lie arranged.
+template <typename T, typename W, int NUM>
+void multiply_arranged(
+    const W& weights, const Slice (&slices)[NUM], int64_t rows, int64_t width, const void* arranged,
+    int64_t first, int count, float* scratch) {
+    if constexpr (TILED<T>) {
+        const Bf16* const tokens = static_cast<const Bf16*>(arranged) + native::arranged_elements(first, width);
+        weights.multiply_arranged(slices, rows, width, tokens, count, scratch);
+    }
 }
 
 // Call work(the kind of matrices that it says).
@@ -291,13 +337,18 @@ void linear(const native::Linear& shape, int64_t first, int64_t last, int64_t ne
         const T* x = static_cast<const T*>(shape.x);
         T* out = static_cast<T*>(shape.out);
         for (int64_t t = 0; t < shape.tokens;) {
-            const int tokens = at_once<W>(shape.tokens - t);
-            const T* rows[W::TOKENS];
-            for (int i = 0; i < tokens; ++i) rows[i] = x + (t + i) * shape.x_stride;
+            const int tokens = at_once<W>(shape.tokens - t, shape.arranged);
             const bool is_last = t + tokens == shape.tokens && next >= 0;
             float* const products = scratch;
             const Slice all[] = {{shape.w, first, is_last ? &shape.w : nullptr, next, shape.tokens, products}};
-            weights.multiply(all, last - first, shape.width, rows, shape.x_stride, tokens, scratch + PRODUCTS);
+            if (shape.arranged) {
+                multiply_arranged<T>(
+                    weights, all, last - first, shape.width, shape.arranged, t, tokens, scratch + PRODUCTS);
+            } else {
+                const T* rows[W::TOKENS];
+                for (int i = 0; i < tokens; ++i) rows[i] = x + (t + i) * shape.x_stride;
+                weights.multiply(all, last - first, shape.width, rows, shape.x_stride, tokens, scratch + PRODUCTS);
+            }
             for (int i = 0; i < tokens; ++i) {
                 T* row = out + (t + i) * shape.out_stride + first;
                 const float* sums = products + i * COLUMNS;

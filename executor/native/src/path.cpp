@@ -50,11 +50,20 @@ void copy_past_caches(char* to, const char* from, int64_t num_bytes) {
     std::memcpy(to + i, from + i, num_bytes - i);
 }
 
+void arrange_rows(const void* x, int64_t stride, const int32_t* rows, int count, int64_t width, void* to) {
+    const Bf16* tokens[TILE];
+    for (int t = 0; t < count; ++t) tokens[t] = static_cast<const Bf16*>(x) + (rows ? rows[t] : t) * stride;
+    arrange(tokens, count, width, static_cast<Bf16*>(to));
+}
+
 }  // namespace
 
 namespace native {
 
-#if defined(PATH_AVX512_BF16)
+#if defined(PATH_AMX)
+#define PATH amx_path
+#define PATH_NAME "amx"
+#elif defined(PATH_AVX512_BF16)
 #define PATH avx512_bf16_path
 #define PATH_NAME "avx512-bf16"
 #elif defined(PATH_AVX512)
@@ -71,6 +80,12 @@ namespace native {
 const Path PATH = {
     PATH_NAME,
     codes_named,
+#ifdef PATH_AMX
+    LEAST_TILED,
+#else
+    0,
+#endif
+    arrange_rows,
     {attend<Bf16>, attend<Fp16>, attend<float>},
     {attend_latent<Bf16>, attend_latent<Fp16>, attend_latent<float>},
     {absorb<Bf16>, absorb<Fp16>, absorb<float>},
@@ -88,5 +103,14 @@ const Path PATH = {
     read_lines,
     copy_past_caches,
 };
+
+#ifdef PATH_PORTABLE
+const Path portable_tiles_path = [] {
+    Path path = portable_path;
+    path.name = "portable-tiles";
+    path.least_tiled = LEAST_TILED;
+    return path;
+}();
+#endif
 
 }  // namespace native

@@ -39,11 +39,19 @@ class Floats {
     std::unique_ptr<float[]> memory_;
 };
 
-// Scratch of the calling thread, kept between calls.
-inline float* scratch(int64_t count) {
-    thread_local Floats memory;
+inline float* at_least(int64_t count, Floats& memory) {
     if (memory.count() < count) memory = Floats(count);
     return memory.data();
+}
+
+// Scratch of the calling thread, kept between calls: of a piece of work, and what all pieces of its calls read.
+inline float* scratch(int64_t count) {
+    thread_local Floats memory;
+    return at_least(count, memory);
+}
+inline float* shared_scratch(int64_t count) {
+    thread_local Floats memory;
+    return at_least(count, memory);
 }
 
 inline int threads_for(int threads, int64_t num_bytes) {

@@ -13,6 +13,7 @@ constexpr int64_t ROWS = 8;                // that are normed or rotated by a th
 constexpr int64_t ADDED = 16 << 10;        // elements that are added by a thread at a time
 constexpr int64_t READ_BYTES = 2 << 20;
 constexpr int64_t COPY_BYTES = 1 << 20;
+constexpr int64_t ARRANGED_BYTES = 4 << 20; // of tokens that are arranged for tiles together
 constexpr int64_t KEPT_BYTES = 2 << 20;    // of activations: every piece of outputs reads all of them, so in a cache
 
 // Call work(first, last, next) for every COLUMNS columns of all; `next` are those that the same
@@ -33,6 +34,61 @@ void run_rows(int64_t rows, int64_t row_bytes, int threads, const Work& work) {
     Helpers::mine().run(threads_for(threads, rows * row_bytes), pieces, [&](int64_t i) {
         work(i * ROWS, std::min(rows, (i + 1) * ROWS));
     });
+}
+
+bool are_tiled(const Path& path, Dtype dtype, int64_t tokens) {
+    return dtype == BFLOAT16 && path.least_tiled > 0 && tokens >= path.least_tiled;
+}
+
+// How many times tokens of so many elements are arranged, so that it is about as many each time.
+int64_t rounds_of(int64_t tokens, int64_t width) {
+    const int64_t most = std::max<int64_t>(MOST_TOKENS, ARRANGED_BYTES / (width * element_size(BFLOAT16)));
+    return (tokens + most - 1) / most;
+}
+
+// Arrange each group's input rows, if it has enough of them.
+void arrange_groups(const Path& path, const Experts& shape, std::vector<ExpertGroup>& groups, int threads) {
+    struct Part {
+        const int32_t* tokens;
+        int count;
+        char* to;
+    };
+    std::vector<Part> parts;
+    int64_t elements = 0;
+    for (const ExpertGroup& group : groups) {
+        if (are_tiled(path, BFLOAT16, group.count)) elements += arranged_elements(group.count, shape.hidden);
+    }
+    if (elements == 0) return;
+    char* to = reinterpret_cast<char*>(shared_scratch(elements / 2));
+    for (ExpertGroup& group : groups) {
+        if (!are_tiled(path, BFLOAT16, group.count)) continue;
+        group.arranged = to;
+        for (int64_t t = 0; t < group.count; t += TILE) {
+            const int count = static_cast<int>(std::min<int64_t>(TILE, group.count - t));
+            parts.push_back({group.tokens + t, count, to});
+            to += arranged_elements(TILE, shape.hidden) * element_size(BFLOAT16);
+        }
+    }
+    Helpers::mine().run(threads_for(threads, 2 * elements), static_cast<int64_t>(parts.size()), [&](int64_t i) {
+        path.arrange(shape.x, shape.x_stride, parts[i].tokens, parts[i].count, shape.hidden, parts[i].to);
+    });
+}
+
+// Some tokens of a product, arranged.
+Linear arranged(const Path& path, const Linear& all, int64_t first, int64_t last, int threads) {
+    const int64_t size = element_size(BFLOAT16), tile_bytes = arranged_elements(TILE, all.width) * size;
+    Linear some = all;
+    some.tokens = last - first;
+    some.x = static_cast<const char*>(all.x) + first * all.x_stride * size;
+    some.out = static_cast<char*>(all.out) + first * all.out_stride * size;
+    char* const to = reinterpret_cast<char*>(shared_scratch(arranged_elements(some.tokens, all.width) / 2));
+    some.arranged = to;
+    Helpers::mine().run(threads, (some.tokens + TILE - 1) / TILE, [&](int64_t i) {
+        const int count = static_cast<int>(std::min<int64_t>(TILE, some.tokens - i * TILE));
+        const char* const x = static_cast<const char*>(some.x) + i * TILE * all.x_stride * size;
+        path.arrange(x, all.x_stride, nullptr, count, all.width, to + i * tile_bytes);
+    });
+    return some;
 }
 
 }  // namespace
@@ -78,7 +134,7 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
     const int64_t room = call.scratch_floats / stride, together = KEPT_BYTES / size / stride;
     std::vector<int64_t> left_out;
     std::vector<ExpertGroup> groups;
-    int64_t rows = 0;
+    int64_t rows = 0, to_arrange = 0;  // bytes
     const auto run_groups = [&] {
         const int64_t num_groups = static_cast<int64_t>(groups.size());
         const int64_t weights = call.hidden * call.intermediate;
@@ -87,6 +143,7 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
         const int of = threads_for(threads, num_groups * expert_bytes);
         const int64_t pieces = (call.intermediate + COLUMNS - 1) / COLUMNS;
         const int64_t all_pieces = num_groups * pieces;
+        if (call.dtype == BFLOAT16) arrange_groups(path, shape, groups, of);
         Helpers::mine().run(of, all_pieces, [&](int64_t i) {
             const int64_t first = i % pieces * COLUMNS;
             const int64_t last = std::min<int64_t>(first + COLUMNS, call.intermediate);
@@ -101,7 +158,7 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
                 shape, groups.data(), num_groups, first, last, next, scratch(PIECE_FLOATS));
         });
         groups.clear();
-        rows = 0;
+        rows = to_arrange = 0;
     };
     for (size_t i = 0; i < call.indices.size(); ++i) {
         const size_t expert = static_cast<size_t>(call.indices[i]);
@@ -111,13 +168,21 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
             left_out.push_back(static_cast<int64_t>(i));
             continue;
         }
-        if (rows > 0 && rows + count > std::min(room, together)) run_groups();
-        groups.push_back({
-            call.w13[i], call.w2[i],
-            bias(call.bias13, i), bias(call.bias2, i),
-            tokens.data() + starts[expert], weights.data() + starts[expert], count, rows,
-        });
-        rows += count;
+        const bool is_tiled = are_tiled(path, call.dtype, count);
+        const int64_t parts = is_tiled ? rounds_of(count, call.hidden) : 1;
+        for (int64_t part = 0; part < parts; ++part) {
+            const int64_t first = part * count / parts, some = (part + 1) * count / parts - first;
+            const int64_t arranged = is_tiled ? size * arranged_elements(some, call.hidden) : 0;
+            const bool is_room = rows + some <= std::min(room, together) && to_arrange + arranged <= ARRANGED_BYTES;
+            if (rows > 0 && !is_room) run_groups();
+            groups.push_back({
+                call.w13[i], call.w2[i],
+                bias(call.bias13, i), bias(call.bias2, i), tokens.data() + starts[expert] + first,
+                weights.data() + starts[expert] + first, some, rows, nullptr,
+            });
+            rows += some;
+            to_arrange += arranged;
+        }
     }
     run_groups();
     return {std::move(counts), std::move(left_out)};
@@ -132,9 +197,16 @@ void linear(const Path& path, Dtype dtype, const Linear& shape, int threads) {
     const int64_t num_bytes = weight_bytes(weights, dtype, shape.packing);
     const int64_t work = shape.tokens * weights * element_size(dtype) / MEMORY_BOUND_TOKENS;
     const int of = threads_for(threads, num_bytes + work);
-    run_columns(shape.tokens ? shape.rows : 0, of, [&](int64_t first, int64_t last, int64_t next) {
-        path.linear[dtype](shape, first, last, next, scratch(PIECE_FLOATS));
-    });
+    const auto run = [&](const Linear& some) {
+        run_columns(some.tokens ? some.rows : 0, of, [&](int64_t first, int64_t last, int64_t next) {
+            path.linear[dtype](some, first, last, next, scratch(PIECE_FLOATS));
+        });
+    };
+    if (!are_tiled(path, dtype, shape.tokens)) return run(shape);
+    const int64_t rounds = rounds_of(shape.tokens, shape.width);
+    for (int64_t i = 0; i < rounds; ++i) {
+        run(arranged(path, shape, i * shape.tokens / rounds, (i + 1) * shape.tokens / rounds, of));
+    }
 }
 
 void rms_norm(const Path& path, Dtype dtype, const RmsNorm& shape, int threads) {

@@ -169,9 +169,10 @@ void attend_to_latents(const Path& path, const LatentCall& call, int threads) {
     const int64_t up_rows = block.nope + block.value_dim;
     const bool is_coded = call.coded.row_bytes > 0;
     const int64_t token_bytes = is_coded ? call.coded.row_bytes : dim * size;
+    const bool is_tiled = path.least_tiled > 0 && call.dtype == BFLOAT16 && block.heads % TILE == 0;
     const Heads shape{
-        block.heads, 1, block.rank, padded_rank(block), dim, LATENT_TILE_TOKENS,
-        static_cast<float>(LOG2_E * call.scale), 0.0f, nullptr, token_bytes, is_coded ? &call.coded : nullptr,
+        block.heads, 1, block.rank, padded_rank(block), dim, is_tiled ? TILED_LATENT_TOKENS : LATENT_TILE_TOKENS,
+        static_cast<float>(LOG2_E * call.scale), 0.0f, nullptr, token_bytes, is_coded ? &call.coded : nullptr, is_tiled,
     };
     const Requests requests{
         shape, call.cache, token_bytes, LATENT_SPLIT_BYTES, LATENT_ALONE_BYTES, call.starts, call.lengths};

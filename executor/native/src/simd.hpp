@@ -137,6 +137,43 @@ inline Floats four_sums(Floats a, Floats b, Floats c, Floats d) {
 }
 #endif
 
+// 16 rows of 16 words become as many columns, `apart` words from row to row; they may lie where those do.
+inline void transpose(const void* const (&rows)[16], float* to, int64_t apart) {
+#if defined(PATH_AVX512) || defined(PATH_AVX512_BF16)
+    __m512 row[16], four[16];
+    UNROLL
+    for (int i = 0; i < 16; ++i) row[i] = _mm512_loadu_ps(rows[i]);
+    UNROLL
+    for (int i = 0; i < 16; i += 4) {  // four[i + c] has in its 128 bits k column 4 k + c of rows i to i + 3
+        const __m512d low = _mm512_castps_pd(_mm512_unpacklo_ps(row[i], row[i + 1]));
+        const __m512d high = _mm512_castps_pd(_mm512_unpackhi_ps(row[i], row[i + 1]));
+        const __m512d next_low = _mm512_castps_pd(_mm512_unpacklo_ps(row[i + 2], row[i + 3]));
+        const __m512d next_high = _mm512_castps_pd(_mm512_unpackhi_ps(row[i + 2], row[i + 3]));
+        four[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, next_low));
+        four[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, next_low));
+        four[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high, next_high));
+        four[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high, next_high));
+    }
+    UNROLL
+    for (int c = 0; c < 4; ++c) {
+        const __m512 first = _mm512_shuffle_f32x4(four[c], four[c + 4], 0x44);
+        const __m512 second = _mm512_shuffle_f32x4(four[c + 8], four[c + 12], 0x44);
+        const __m512 third = _mm512_shuffle_f32x4(four[c], four[c + 4], 0xee);
+        const __m512 last = _mm512_shuffle_f32x4(four[c + 8], four[c + 12], 0xee);
+        _mm512_storeu_ps(to + c * apart, _mm512_shuffle_f32x4(first, second, 0x88));
+        _mm512_storeu_ps(to + (c + 4) * apart, _mm512_shuffle_f32x4(first, second, 0xdd));
+        _mm512_storeu_ps(to + (c + 8) * apart, _mm512_shuffle_f32x4(third, last, 0x88));
+        _mm512_storeu_ps(to + (c + 12) * apart, _mm512_shuffle_f32x4(third, last, 0xdd));
+    }
+#else
+    float words[16][16];
+    for (int i = 0; i < 16; ++i) std::memcpy(words[i], rows[i], sizeof words[i]);
+    for (int c = 0; c < 16; ++c) {
+        for (int i = 0; i < 16; ++i) std::memcpy(to + c * apart + i, &words[i][c], sizeof(float));
+    }
+#endif
+}
+
 // targets[i] = the sum over the lanes of partial[i].
 inline void finish_sums(const Floats* partial, float* targets) {
 #if defined(PATH_AVX512) || defined(PATH_AVX512_BF16)

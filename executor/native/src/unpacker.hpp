@@ -23,7 +23,23 @@ struct Unpacker {
     }
 };
 
-#ifdef PATH_AVX512_BF16
+template <typename C>
+struct Unpacker<Rounded<C>> {
+    static constexpr bool IN_ORDER = true;
+    Unpacker<C> unpacker;
+
+    Unpacker(const C& kind, const Strip<C::COLUMNS>& strip) : unpacker{kind, strip} {}
+
+    void write(Codes codes, const float* scales, const float* less, Bf16* to) {
+        float numbers[C::COLUMNS];
+        unpacker.write(codes, scales, less, numbers);
+        for (int lane = 0; lane < LANES; ++lane) {
+            for (int k = 0; k < C::OPERANDS; ++k) narrow(numbers[k * LANES + lane], to + lane * C::OPERANDS + k);
+        }
+    }
+};
+
+#if defined(PATH_AVX512_BF16) || defined(PATH_AMX)
 // All 16 codes are scaled and rounded, and then looked up: groups have 16 columns, or 32 and more.
 template <>
 struct Unpacker<Pairs<HalfByteWords>> {

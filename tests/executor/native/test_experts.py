@@ -11,7 +11,7 @@ from executor.model import ExpertWeights, Glu, Routing, Workspace, run_experts
 from executor.model.crossings import assumed
 from executor.native.experts import SILU, Activation
 from tests.executor.model.tolerances import DTYPES, assert_same
-from tests.executor.native.support import PATHS, on_threads
+from tests.executor.native.support import MOST_UNTILED, PATHS, TILED_CASES, WITH_TILES, on_threads
 from tests.executor.reference import dequantised
 
 
@@ -36,13 +36,17 @@ def run(kernels, x, routing, weights, *, max_tokens=10**9, bytes_of_workspace=10
     return out, counts
 
 
+def wide(weights):
+    """What they mean, in float32."""
+    return [ExpertWeights(dequantised(each.w13).float(), dequantised(each.w2).float()) for each in weights]
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "dtype"), TILED_CASES, ids=str)
 @settings(max_examples=30)
 @given(data=st.data())
 def test_equals_torch(path, dtype, data):
@@ -57,8 +61,7 @@ def test_equals_torch(path, dtype, data):
     )
     max_tokens = data.draw(st.sampled_from([0, 4, 16, 10**9]), "max tokens")
     out, counts = run(native.Kernels(path), x, routing, weights, max_tokens=max_tokens)
-    wide = [ExpertWeights(dequantised(each.w13).float(), dequantised(each.w2).float()) for each in weights]
-    exact, exact_counts = run(None, x.float(), routing, wide)
+    exact, exact_counts = run(None, x.float(), routing, wide(weights))
     if len(x):
         assert_same(out, exact)
     assert counts == exact_counts
@@ -89,8 +92,7 @@ def exact(activation, limit, x, routing, weights, biases, *, weight_on_input=Fal
     return out.float()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "dtype"), TILED_CASES, ids=str)
 @pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize("has_biases", [True, False])
 def test_activations_and_biases(path, dtype, activation, has_biases):
@@ -139,7 +141,7 @@ def test_no_activation_hides_what_is_not_a_number(path, activation):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("path", PATHS)
 def test_neither_neighbours_nor_threads_change_a_result(path, dtype):
-    x, routing, weights = make(dtype, tokens=11, hidden=96, intermediate=336, num_experts=5, per_token=3)
+    x, routing, weights = make(dtype, tokens=MOST_UNTILED, hidden=96, intermediate=336, num_experts=5, per_token=3)
     kernels = native.Kernels(path)
     together, _ = on_threads(1, lambda: run(kernels, x, routing, weights))
     for threads in (2, 4):
@@ -147,6 +149,32 @@ def test_neither_neighbours_nor_threads_change_a_result(path, dtype):
     for t in range(len(x)):
         one = Routing(routing.weights_TK[t : t + 1], routing.experts_TK[t : t + 1])
         assert torch.equal(run(kernels, x[t : t + 1], one, weights)[0][0], together[t])
+
+
+@pytest.mark.parametrize("path", WITH_TILES)
+@pytest.mark.parametrize("intermediate", [64, 100])
+def test_neighbours_change_no_result_by_tiles(path, intermediate):
+    """More of them than are computed at once."""
+    x, routing, weights = make(
+        torch.bfloat16, tokens=420, hidden=96, intermediate=intermediate, num_experts=3, per_token=2
+    )
+    kernels = native.Kernels(path)
+    together, counts = on_threads(1, lambda: run(kernels, x, routing, weights))
+    assert_same(together, run(None, x.float(), routing, wide(weights))[0])
+    assert torch.equal(on_threads(3, lambda: run(kernels, x, routing, weights)[0]), together)
+    some = slice(100, 150)
+    few = Routing(routing.weights_TK[some], routing.experts_TK[some])
+    out, few_counts = run(kernels, x[some], few, weights)
+    assert min(few_counts) > MOST_UNTILED
+    assert max(counts) > 192
+    assert torch.equal(out, together[some])
+
+
+@pytest.mark.parametrize("path", WITH_TILES)
+def test_one_experts_tokens_may_be_arranged_in_several_rounds(path):
+    x, routing, weights = make(torch.bfloat16, tokens=300, hidden=7001, intermediate=32, num_experts=1, per_token=1)
+    out, _ = run(native.Kernels(path), x, routing, weights)
+    assert_same(out, run(None, x.float(), routing, wide(weights), bytes_of_workspace=2 * 10**7)[0])
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from executor import native
 from executor.native.mixers import SplitQuery
-from tests.executor.model.tolerances import DTYPES, assert_same
-from tests.executor.native.support import PATHS, on_threads
+from tests.executor.model.tolerances import assert_same
+from tests.executor.native.support import PATHS, TILED_CASES, has_tiles, on_threads
 
 
 @dataclass
@@ -75,14 +75,13 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "dtype"), TILED_CASES, ids=str)
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_equals_keys_and_values_projected_up(path, dtype, data):
     case = make(
         dtype,
-        heads=data.draw(st.integers(1, 70), "heads"),
+        heads=data.draw(st.integers(1, 70) | st.sampled_from([16, 32, 48]), "heads"),
         nope=data.draw(st.integers(1, 40), "nope"),
         rope=data.draw(st.integers(1, 40), "rope"),
         rank=data.draw(st.integers(1, 150), "rank"),
@@ -101,19 +100,18 @@ def published(dtype: torch.dtype) -> tuple[Case, Tensor]:
     return case, case.exact()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "dtype"), TILED_CASES, ids=str)
 def test_sizes_of_published_models(path, dtype):
     case, exact = published(dtype)
     assert_same(case.run(path), exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "dtype"), TILED_CASES, ids=str)
 def test_neither_neighbours_nor_threads_change_a_result(path, dtype):
     """More requests than are computed at once, one of them in splits and one in halves."""
     lengths = [7000, 3, 1100, *[9] * 64, 40]
-    case = make(dtype, heads=9, nope=24, rope=8, rank=120, value_dim=20, lengths=lengths)
+    heads = 16 if has_tiles(path, dtype) else 9
+    case = make(dtype, heads=heads, nope=24, rope=8, rank=120, value_dim=20, lengths=lengths)
     together = on_threads(1, lambda: case.run(path))
     for threads in (2, 5):
         assert torch.equal(on_threads(threads, lambda: case.run(path)), together)
@@ -122,10 +120,10 @@ def test_neither_neighbours_nor_threads_change_a_result(path, dtype):
         assert torch.equal(alone[0], together[r])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "dtype"), TILED_CASES, ids=str)
 def test_what_is_not_a_number_is_not_hidden(path, dtype):
-    case = make(dtype, heads=3, nope=8, rope=8, rank=32, value_dim=8, lengths=[40, 40])
+    heads = 16 if has_tiles(path, dtype) else 3
+    case = make(dtype, heads=heads, nope=8, rope=8, rank=32, value_dim=8, lengths=[40, 40])
     case.queries[0, 1, 12] = torch.nan
     out = case.run(path)
     assert out[0, 1].isnan().all()

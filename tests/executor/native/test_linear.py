@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from executor import native
 from executor.model.crossings import ALWAYS, assumed
 from executor.model.linear import add_projected, project
-from tests.executor.model.tolerances import DTYPES, assert_same
-from tests.executor.native.support import PATHS, on_threads
+from tests.executor.model.tolerances import assert_same
+from tests.executor.native.support import MOST_UNTILED, PATHS, TILED_CASES, WITH_TILES, has_tiles, on_threads
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +30,7 @@ def product(kernels, x, weight):
         return project(x, weight, out)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "dtype"), TILED_CASES, ids=str)
 @settings(max_examples=40)
 @given(data=st.data())
 def test_equals_torch(path, dtype, data):
@@ -59,15 +58,13 @@ def test_equals_torch(path, dtype, data):
     assert torch.equal(wide_out[:, rows:], before[:, rows:])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "dtype"), TILED_CASES, ids=str)
 def test_wide_tokens_are_summed_in_stretches(path, dtype):
     x, weight = make(dtype, 70, 2500, 40)
     assert_same(product(native.Kernels(path), x, weight), x.float() @ weight.float().T)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "dtype"), TILED_CASES, ids=str)
 @pytest.mark.parametrize("width", [512, 1000, 1500, 1504, 2048])  # few tokens take rows in turn
 def test_neither_neighbours_nor_threads_change_a_result(path, dtype, width):
     x, weight = make(dtype, 150, width, 330)
@@ -75,8 +72,20 @@ def test_neither_neighbours_nor_threads_change_a_result(path, dtype, width):
     together = on_threads(1, lambda: product(kernels, x, weight))
     for threads in (2, 3):
         assert torch.equal(on_threads(threads, lambda: product(kernels, x, weight)), together)
-    for some in (slice(0, 1), slice(3, 10), slice(20, 23), slice(30, 36), slice(40, 140)):
-        assert torch.equal(product(kernels, x[some], weight), together[some])
+    for first, last in ((0, 1), (3, 10), (20, 23), (30, 36), (50, 59), (40, 140)):
+        alone, others = product(kernels, x[first:last], weight), together[first:last]
+        if has_tiles(path, dtype) and last - first <= MOST_UNTILED:
+            others = product(kernels, x[first : first + MOST_UNTILED], weight)[: last - first]
+        assert torch.equal(alone, others)
+
+
+@pytest.mark.parametrize("path", WITH_TILES)
+def test_tokens_may_be_arranged_in_several_rounds(path):
+    x, weight = make(torch.bfloat16, 300, 7001, 20)
+    kernels = native.Kernels(path)
+    together = product(kernels, x, weight)
+    assert_same(together, x.float() @ weight.float().T)
+    assert torch.equal(product(kernels, x[140:160], weight), together[140:160])
 
 
 @pytest.mark.parametrize("path", PATHS)

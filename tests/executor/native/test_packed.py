@@ -16,8 +16,8 @@ from executor.model import ExpertWeights, Routing, Workspace, run_experts
 from executor.model.linear import add_projected, project
 from hrm.formats import packed_format
 from tests.executor.formats.test_packed import random_packed
-from tests.executor.model.tolerances import DTYPES, assert_same
-from tests.executor.native.support import PATHS, on_threads
+from tests.executor.model.tolerances import assert_same
+from tests.executor.native.support import PATHS, TILED_CASES, TILED_PATHS, dtypes_of, on_threads
 
 NAMES = (
     *("fp8", "fp8-b16", "fp8-b128", "fp8-g32-e8m0", "int8", "int8-g32-f16", "int8-g16-f32-z-r"),
@@ -55,13 +55,13 @@ def seeded():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", TILED_PATHS)
 def test_equals_the_weights_that_are_meant(path: str, name: str) -> None:
     for seed, (rows, width) in enumerate(SIZES):
         packed = sane(name, rows, width, seed=seed)
         exact = dequantised(packed).double()
         x = torch.randn(max(TOKENS), width)
-        for dtype in DTYPES:
+        for dtype in dtypes_of(path):
             inputs = x.to(dtype)
             kernels = native.Kernels(path)
             for tokens in TOKENS:
@@ -86,7 +86,7 @@ def test_few_tokens_lose_nothing_but_the_results_rounding(path: str, name: str) 
     torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-5 * exact.abs().max().item())
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", TILED_PATHS)
 @pytest.mark.parametrize(
     ("name", "part", "value"),
     [
@@ -106,7 +106,7 @@ def test_what_is_no_number_spoils_its_rows_only(path: str, name: str, part: str,
         packed = sane(name, rows, width)
         packed.parts[part][17, place] = value
         for tokens in (2, 20):
-            for dtype in DTYPES:
+            for dtype in dtypes_of(path):
                 x = torch.randn(tokens, width).to(dtype)
                 right = x.float() @ dequantised(packed).T
                 ours = product(path, x, packed)
@@ -132,7 +132,7 @@ def test_any_bytes_are_multiplied(path: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["int4-g48-f16-z", "fp8-b128", "int8", "mxfp4"])
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", TILED_PATHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_neither_neighbours_nor_threads_change_a_result(path: str, name: str, dtype: torch.dtype) -> None:
     packed = sane(name, 330, 2400)
@@ -146,8 +146,7 @@ def test_neither_neighbours_nor_threads_change_a_result(path: str, name: str, dt
 
 
 @pytest.mark.parametrize("names", [("mxfp4", "mxfp4"), ("int4-g32", "fp8-b128"), ("fp8", None), (None, "int8-g32-f16")])
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("path", "dtype"), TILED_CASES, ids=str)
 def test_experts(path: str, names: tuple[str | None, str | None], dtype: torch.dtype) -> None:
     hidden, intermediate, tokens = 160, 96, 50
     shapes = (2 * intermediate, hidden), (hidden, intermediate)
