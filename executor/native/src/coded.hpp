@@ -58,7 +58,8 @@ __attribute__((noinline)) void multiply_codes(const CodedTile<C>& tile) {
         UNROLL
         for (int r = 0; r < ROWS; ++r) sums[t][r] = zeros();
     }
-    const auto begin = [&](int64_t s) {
+    // All are inlined where they are called, or sums would lie in memory.
+    const auto begin = [&](int64_t s) __attribute__((always_inline)) {
         UNROLL
         for (int r = 0; r < ROWS; ++r) {
             checks[r] = splat(1.0f);
@@ -74,7 +75,7 @@ __attribute__((noinline)) void multiply_codes(const CodedTile<C>& tile) {
             }
         }
     };
-    const auto step = [&](int64_t s, const uint8_t* from, int64_t apart) {
+    const auto step = [&](int64_t s, const uint8_t* from, int64_t apart) __attribute__((always_inline)) {
         Codes rows[ROWS];
         UNROLL
         for (int r = 0; r < ROWS; ++r) rows[r] = codes_at(from + r * apart);
@@ -83,7 +84,7 @@ __attribute__((noinline)) void multiply_codes(const CodedTile<C>& tile) {
             UNROLL
             for (int64_t i = 0; i < ROWS * BYTES; i += 64) prefetch(ahead + i);
         }
-        const auto multiply_operand = [&]<int K>() {
+        const auto multiply_operand = [&]<int K>() __attribute__((always_inline)) {
             typename D::Operand w[ROWS];
             UNROLL
             for (int r = 0; r < ROWS; ++r) w[r] = kind.template operand<K>(rows[r]);
@@ -94,13 +95,13 @@ __attribute__((noinline)) void multiply_codes(const CodedTile<C>& tile) {
                 for (int r = 0; r < ROWS; ++r) parts[t][r] = D::step(parts[t][r], w[r], x);
             }
         };
-        [&]<int... K>(std::integer_sequence<int, K...>) {
+        [&]<int... K>(std::integer_sequence<int, K...>) __attribute__((always_inline)) {
             (multiply_operand.template operator()<K>(), ...);
         }(std::make_integer_sequence<int, C::OPERANDS>{});
         UNROLL
         for (int r = 0; r < ROWS; ++r) checks[r] = checked<C>(rows[r], checks[r]);
     };
-    const auto end = [&](int64_t s) {
+    const auto end = [&](int64_t s) __attribute__((always_inline)) {
         UNROLL
         for (int r = 0; r < ROWS; ++r) {
             const Floats scale = multiply(spread(tile.scales + r * tile.apart + s * tile.units, tile.lanes), checks[r]);
