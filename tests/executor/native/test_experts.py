@@ -96,7 +96,7 @@ def exact(activation, limit, x, routing, weights, biases, *, weight_on_input=Fal
 @pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize("has_biases", [True, False])
 def test_activations_and_biases(path, dtype, activation, has_biases):
-    x, routing, weights = make(dtype, tokens=9, hidden=70, intermediate=100, num_experts=4, per_token=2)
+    x, routing, weights = make(dtype, tokens=24, hidden=70, intermediate=100, num_experts=4, per_token=2)
     x *= 3
     size = 1.0 if has_biases else 0.0
     biases = [((torch.randn(200) * size).to(dtype), (torch.randn(70) * size).to(dtype)) for _ in weights]
@@ -106,11 +106,11 @@ def test_activations_and_biases(path, dtype, activation, has_biases):
         routing,
         list(enumerate(plain(weights, biases if has_biases else None))),
         out,
-        torch.empty(18 * 128),
-        max_tokens=9,
+        torch.empty(48 * 128),
+        max_tokens=24,
         glu=Glu(activation, limit=2.0),
     )
-    assert sum(counts) == 18
+    assert sum(counts) == 48
     assert not left_out
     assert_same(out, exact(activation, 2.0, x, routing, weights, biases))
 
