@@ -64,6 +64,9 @@ const Path& path_named(const std::string& name) {
         if (name == path->name) return *path;
     }
     if (name == portable_tiles_path.name) return portable_tiles_path;
+#ifdef WITH_AMX_PATH
+    if (name == amx_path.name) return amx_path;
+#endif
     throw std::invalid_argument("no such path on this processor: " + name);
 }
 

@@ -1,5 +1,7 @@
 """The kernels by every path that this processor has, and by tiles in plain code where products are tested."""
 
+import os
+
 import pytest
 import torch
 
@@ -9,8 +11,9 @@ from tests.executor.model.tolerances import DTYPES
 _UNBUILT = pytest.mark.skip(reason="the native kernels are not built")
 _THERE = native.paths()
 
-# What is built of AMX's tiles is tested wherever there are none by plain code in their place, which only tests take.
-TILES = "portable-tiles"
+# What is built of AMX's tiles is tested wherever there are none by plain code in their place, which only tests take;
+# or by AMX's own instructions, where the environment says so and has them done in software.
+TILES = os.environ.get("TESTED_TILES", "portable-tiles")
 MOST_UNTILED = 8  # tokens; more of bfloat16 are multiplied by tiles, whose sums have another order
 
 PATHS = _THERE or [pytest.param("none", marks=_UNBUILT)]
