@@ -11,7 +11,7 @@ The path amx, on Linux where the kernel lends AMX's tiles, is avx512 but for wha
 more than 8 tokens with a matrix, each expert's tokens by themselves, in sums of another order, and what latent
 attention multiplies with its cache, if it has 16 heads or a multiple. Matrices stay as they are stored; packed ones
 are written out as bfloat16 for tiles. Tiles of eight bits are not used, as activations never have so few here.
-All of it was tested with plain code in the place of tiles; no processor with AMX has timed it yet.
+It was tested with the instructions of tiles done in software; no processor with AMX has timed it yet.
 
 Matrices may be packed: weights are multiplied as they are stored. With a few tokens, at most 8, it is their codes
 that are multiplied, and the sums of codes that share a scale with it; with more, weights are first written

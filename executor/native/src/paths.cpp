@@ -12,9 +12,6 @@ namespace native {
 namespace {
 
 #ifdef WITH_AMX_PATH
-#ifdef TILES_IN_PLAIN_CODE
-constexpr bool has_tiles() { return true; }
-#else
 // Whether there are tiles of bfloat16, and the kernel lets this process use them: it has to be asked, as their
 // registers make threads' states larger.
 bool has_tiles() {
@@ -25,7 +22,6 @@ bool has_tiles() {
     if ((d & BFLOAT16_TILES) == 0 || (d & TILES) == 0) return false;
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
-#endif
 #endif
 
 // Intel's dot products of bfloat16 take two cycles each and so are slower than widening and AVX-512's

@@ -4,7 +4,7 @@
 
 #include "kernels.hpp"
 
-#if defined(PATH_AMX) && !defined(TILES_IN_PLAIN_CODE)
+#ifdef PATH_AMX
 #include "tiles_amx.hpp"
 #else
 #include "tiles_portable.hpp"

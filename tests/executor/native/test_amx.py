@@ -31,7 +31,9 @@ def test_tiles_are_right_instruction_by_instruction(tmp_path):
         capture_output=True,
         text=True,
         timeout=600,
+        check=False,
     )
     told = re.search(r"(\d+) products of tiles in software", tests.stdout)
     assert tests.returncode == 0, tests.stdout
-    assert told and int(told[1]) > 1000
+    assert told
+    assert int(told[1]) > 1000
