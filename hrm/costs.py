@@ -17,6 +17,7 @@ from hrm.placement import Place
 from hrm.policy import Policy
 from hrm.roofline import operator_seconds
 from hrm.schedules import Pipeline
+from hrm.shared_cores import SharedCores
 from hrm.tasks import Act, Device, Lane, TaskId
 
 
@@ -53,7 +54,7 @@ class Stretch(NamedTuple):
     def of(self, act: Act) -> float:
         """That of an act's tasks; sums were timed among the tasks of other lanes."""
         at_memory = 1.0 if act.lane is Lane.GPU else self.at_memory
-        return at_memory * (self.on_cores if act.lane.computes and not act.reduces else 1.0)
+        return at_memory * (self.on_cores if act.computes else 1.0)
 
 
 ALONE: Final = Stretch()
@@ -244,6 +245,19 @@ class Costs:
         shared = self.profile.lane_threads
         return 0.0 if shared is None else shared.task_s.value
 
+    @property
+    def shared_cores(self) -> SharedCores | None:
+        """The cores that lanes compute on which want more of them than there are; None where none has to wait."""
+        lanes, threads = self.profile.lane_threads, self._threads
+        if lanes is None or not self.profile.has_accelerator or sum(threads.values()) <= lanes.cores:
+            return None
+        return SharedCores(lanes.cores, threads)
+
+    @property
+    def _threads(self) -> dict[Lane, int]:
+        """How many cores each lane keeps busy while it computes, where lanes are the host's threads."""
+        return {Lane.GPU: self.profile.top.processor.cores, Lane.CPU: self.profile.host.processor.cores}
+
     def running(self, num_tasks: Number) -> Number | None:
         """Seconds of all cores that lanes share in which so many tasks are run; None where it was not measured."""
         shared = self.profile.lane_threads
@@ -251,10 +265,9 @@ class Costs:
 
     def computing(self, *, gpu_s: Number, cpu_s: Number) -> Number:
         """Seconds of all cores that lanes share in which the GPU's and the CPU's lane compute for so long."""
-        shared = self.profile.lane_threads
-        assert shared is not None
-        gpu, cpu = self.profile.top.processor.cores, self.profile.host.processor.cores
-        return (gpu_s * gpu + cpu_s * cpu) / shared.cores
+        lanes, threads = self.profile.lane_threads, self._threads
+        assert lanes is not None
+        return (gpu_s * threads[Lane.GPU] + cpu_s * threads[Lane.CPU]) / lanes.cores
 
     def _on(self, device: Device, operator: Operator) -> Number:
         seconds = self._seconds(operator, self.level(device))

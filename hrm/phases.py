@@ -96,7 +96,7 @@ def prefill_work(
 def simulate_work(work: TaskWork) -> Trace:
     """The trace of a phase whose tasks take their predicted seconds."""
     tasks = iter_tasks(work.pipeline, work.policy.schedule)
-    return simulate(tasks, work.seconds_of(), work.costs.hand_over_s)
+    return simulate(tasks, work.seconds_of(), work.costs.hand_over_s, work.costs.shared_cores)
 
 
 def step_seconds(costs: Costs, policy: Policy, context: float, *, tokens: float | None = None) -> float:
@@ -107,8 +107,8 @@ def step_seconds(costs: Costs, policy: Policy, context: float, *, tokens: float 
     whole = policy.batch_size / policy.num_micro_batches
     active_share = 1.0 if tokens is None else tokens / whole
     point = Point.of_policy(policy, costs.spec)
-    step = DecodeStep.of_point(costs, point, policy.schedule, active_share).seconds(context)
-    return max([*steps_seconds(costs, policy, {context: step.stretch}, tokens=tokens), *map(float, step.shared_cores)])
+    stretch = DecodeStep.of_point(costs, point, policy.schedule, active_share).seconds(context).stretch
+    return steps_seconds(costs, policy, {context: stretch}, tokens=tokens)[0]
 
 
 def steps_seconds(
@@ -200,7 +200,8 @@ def _walked(work: TaskWork, in_one: float, pages_in_one: float, known: _Known | 
     """
     pipeline = work.pipeline
     pages_in_one = pages_in_one if pipeline.num_pages > 1 else 1.0
-    order = _order(pipeline, work.policy.schedule)
+    shared = work.costs.shared_cores
+    order = _order(pipeline, work.policy.schedule, whole=shared is not None)
     pages = round(pipeline.num_pages * pages_in_one)
     seconds_of = replace(work, pipeline=replace(pipeline, num_pages=pages)).seconds_of()
     others = {} if known is None else known.setdefault(work.stretch, {})
@@ -212,20 +213,23 @@ def _walked(work: TaskWork, in_one: float, pages_in_one: float, known: _Known | 
             if not task_id.act.attends:
                 others[number] = of_task
         seconds.append(of_task)
-    return _Walk(order, end_times(order, seconds, work.costs.hand_over_s))
+    return _Walk(order, end_times(order, seconds, work.costs.hand_over_s, shared))
 
 
-def _order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
-    """The order of a pipeline's tasks, which other contexts, costs, machines and searches ask for again."""
+def _order(pipeline: Pipeline, schedule: ScheduleName, *, whole: bool) -> Order:
+    """The order of a pipeline's tasks, which other contexts, costs, machines and searches ask for again.
+
+    Unless it is asked for as a `whole`, it ends where the step does that is timed.
+    """
     if not any(pipeline.streamed):
         pipeline = replace(pipeline, num_pages=1, dense_pages=0)
     is_short = pipeline.num_layers * _tasks_a_layer(pipeline) <= _SHORT
-    return _short_order(pipeline, schedule) if is_short else _long_order(pipeline, schedule)
+    return (_short_order if is_short else _long_order)(pipeline, schedule, whole)
 
 
-def _new_order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
+def _new_order(pipeline: Pipeline, schedule: ScheduleName, whole: bool) -> Order:  # noqa: FBT001 - a key of caches
     tasks = iter_positions(pipeline, schedule)
-    if pipeline.phase is Phase.PREFILL:
+    if whole or pipeline.phase is Phase.PREFILL:  # on shared cores what comes later delays what is under way
         return in_order(tasks, _ACT_AND_LAYER)
     until = 1, _warm_layer(pipeline)
     return in_order(tasks, _ACT_AND_LAYER, until=until, micro_batches=pipeline.num_micro_batches)

@@ -117,6 +117,11 @@ class Act:
     ends_step: bool = False
 
     @property
+    def computes(self) -> bool:
+        """Whether a processor is busy with its tasks; in what `reduces` a rank waits for others."""
+        return self.lane.computes and not self.reduces
+
+    @property
     def by_residents(self) -> bool:
         """Whether its tasks depend on how many of a layer's experts are not on the GPU."""
         return self.of_pages or self.of_cpu_experts or self.of_parts

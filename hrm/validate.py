@@ -11,7 +11,6 @@ from hrm.costs import EXECUTOR, Costs, Runtime
 from hrm.hardware import HardwareProfile
 from hrm.model_spec import ModelSpec
 from hrm.parallel import ranks_of
-from hrm.phase_work import prefill_phase
 from hrm.phases import decode_work, prefill_work, simulate_work, step_seconds
 from hrm.policy import Parallelism, Policy, ScheduleName
 from hrm.run_record import FleetRecord, KindTotal, RunRecord, WorkloadRecord
@@ -238,11 +237,9 @@ def _add_batch(
         gen_len=max(lengths.max_gen_len, 1),
     )
     prefill = simulate_work(prefill_work(costs, smaller, workload))
-    # No trace shows that lanes share cores, which each has for itself in it.
-    prefill_s = max(prefill.makespan_s, prefill_phase(costs, smaller, workload).bound_s)
-    prediction.add(Phase.PREFILL, prefill_s, prefill, count)
+    prediction.add(Phase.PREFILL, prefill.makespan_s, prefill, count)
     # A pipeline's first stage does so when its own prompts are through, and waits for tokens of the last.
-    prediction.phase_s[Phase.DECODE] += count * (costs.prefills_in_turn - 1) * prefill_s
+    prediction.phase_s[Phase.DECODE] += count * (costs.prefills_in_turn - 1) * prefill.makespan_s
     if not decode_steps:
         return
     # Requests that end early leave the others more room: the mean number active decides. Failed ones have no tokens.
