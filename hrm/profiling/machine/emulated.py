@@ -95,9 +95,9 @@ def _profile_one(run: Run, gpu_bytes: int, count: int = 1) -> HardwareProfile:
         name=f"emulated accelerator on {run.host.cpu_name}, {run.threads} cores",
         accelerator="emulated",
         levels=(
-            _with_launch_latency(gpu, results[BOTH_BUSY]),
+            _with_launch_latency(gpu, results.get(BOTH_BUSY)),
             replace(
-                _with_launch_latency(cpu, results[BOTH_BUSY]),
+                _with_launch_latency(cpu, results.get(BOTH_BUSY)),
                 caches=results[CACHES],
                 shared_bytes_per_s=shared_roof(results[ALL_AT_ONCE], cpu.read_bytes_per_s),
             ),
@@ -129,12 +129,13 @@ def _measured(run: Run, gpu_bytes: int, gpu_threads: int, cpu_threads: int, rank
     for source, target in ((CPU, GPU), (GPU, CPU)):
         _add_link(run, source, target, arena, bandwidth)
     add_staging(run, _threads(run, Lane.STAGE))
-    run.steps.add(
-        BOTH_BUSY,
-        4,
-        lambda seconds: launch_latency_beside_another(budget_s=seconds, threads=(gpu_threads, cpu_threads)),
-        Timing,
-    )
+    if gpu_threads + cpu_threads <= run.threads:  # else plans share out the cores that lanes take from one another
+        run.steps.add(
+            BOTH_BUSY,
+            4,
+            lambda seconds: launch_latency_beside_another(budget_s=seconds, threads=(gpu_threads, cpu_threads)),
+            Timing,
+        )
     run.steps.add(ALL_AT_ONCE, 2, lambda seconds: _all_at_once(run, seconds, arena, bandwidth, ranks), Figure)
     add_disk(run)
     results = run.steps.run()
@@ -162,8 +163,10 @@ def _add_link(run: Run, source: str, target: str, arena: int, bandwidth: float) 
     run.steps.add(f"link {source} to {target}", 2, transfers, Link)
 
 
-def _with_launch_latency(level: MemoryLevel, beside: "Timing") -> MemoryLevel:
-    """The level with the launch latency beside another busy lane, which is how it is used."""
+def _with_launch_latency(level: MemoryLevel, beside: "Timing | None") -> MemoryLevel:
+    """The level with the launch latency beside another busy lane, which is how it is used, if that was measured."""
+    if beside is None:
+        return level
     alone = level.processor.launch_latency_s.value
     note = f"with the other lane busy too; alone {alone:.2g} s"
     processor = replace(
