@@ -58,8 +58,31 @@ def prefill_attention(
     Where a prompt has a cache, its tokens' keys and values are written to the cache's last rows.
     If it has more rows, these are the prompt's earlier tokens, which are attended over as well.
     On the CPU the native kernel attends over caches up to `max_native_context`, as to one more request
-    with each token; torch does all else, and allocates one prompt's output besides.
+    with each token, of all prompts at once whose caches lie in the same memory; torch does all else, and
+    allocates one prompt's output besides.
     """
+    start, number = 0, 0
+    while number < len(lengths):
+        count, memory = _side_by_side(lengths[number:], caches_C2Gd[number:])
+        some = slice(number, number + count)
+        rows = slice(start, start + sum(lengths[some]))
+        prompts = qkv_TX[rows], lengths[some], caches_C2Gd[some], out_TQ[rows]
+        if memory is None or not _attended_natively(*prompts, memory, softmax):
+            _attend_one_by_one(block, *prompts, workspace, softmax)
+        start, number = rows.stop, some.stop
+    assert start == qkv_TX.shape[0], (start, qkv_TX.shape)
+
+
+def _attend_one_by_one(
+    block: GroupedQueryAttention,
+    qkv_TX: Tensor,
+    lengths: Sequence[int],
+    caches_C2Gd: Sequence[Tensor | None],
+    out_TQ: Tensor,
+    workspace: Workspace,
+    softmax: Softmax,
+) -> None:
+    """The same as torch does it, prompt by prompt."""
     heads, kv_heads = block.num_heads, block.num_kv_heads
     sizes = (heads, kv_heads, kv_heads)
     out_THd = out_TQ.view(-1, heads, block.head_dim)
@@ -71,8 +94,6 @@ def prefill_attention(
         start += length
         if cache_C2Gd is not None:
             cache_C2Gd[-length:].view(length, -1, block.head_dim).copy_(qkv_TXd[prompt, heads:])
-            if _attended_natively(qkv_TX[prompt], cache_C2Gd, out_TQ[prompt], softmax):
-                continue
         k_LGd, v_LGd = (k_TGd, v_TGd) if cache_C2Gd is None else cache_C2Gd.unbind(1)
         if not softmax.is_plain(k_LGd.shape[0]):
             attend(q_THd, k_LGd, v_LGd, out_THd[prompt], softmax)
@@ -88,20 +109,69 @@ def prefill_attention(
             q, k, v, is_causal=True, enable_gqa=heads != kv_heads, scale=softmax.scale
         )
         out_THd[prompt].copy_(context[0].transpose(0, 1))
-    assert start == qkv_TX.shape[0], (start, qkv_TX.shape)
 
 
-def _attended_natively(qkv_TX: Tensor, cache_C2Gd: Tensor, out_TQ: Tensor, softmax: Softmax) -> bool:
-    """Causal attention of a cache's last tokens if the native kernel is to do it, else False."""
-    native, context = kernels(), cache_C2Gd.shape[0]
-    if native is None or not native.takes_attention(qkv_TX, cache_C2Gd, out_TQ):
+def _side_by_side(lengths: Sequence[int], caches_C2Gd: Sequence[Tensor | None]) -> tuple[int, Tensor | None]:
+    """How many prompts from the first on have caches in the same memory, and what lies there from first row to last.
+
+    One with earlier tokens is alone, as where these lie another prompt's may come to lie. None where the native kernel
+    is not to attend to the first.
+    """
+    first = caches_C2Gd[0]
+    if first is None or not first.is_cpu or kernels() is None:
+        return 1, None
+    longest, token_bytes, storage = max_native_context(first.dtype), first[:1].nbytes, first.untyped_storage()
+    if first.shape[0] > longest:
+        return 1, None
+    count, low, high = 0, first.data_ptr(), first.data_ptr()
+    for length, cache in zip(lengths, caches_C2Gd, strict=True):
+        if cache is None or cache.untyped_storage().data_ptr() != storage.data_ptr():
+            break
+        address, is_alone = cache.data_ptr(), not length == cache.shape[0] <= longest
+        if count and (is_alone or (address - low) % token_bytes):
+            break
+        low, high, count = min(low, address), max(high, address + cache.nbytes), count + 1
+        if is_alone:
+            break
+    shape = ((high - low) // token_bytes, *first.shape[1:])
+    offset = first.storage_offset() - (first.data_ptr() - low) // first.itemsize
+    return count, first.as_strided(shape, first.stride(), offset)
+
+
+def _attended_natively(
+    qkv_TX: Tensor,
+    lengths: Sequence[int],
+    caches_C2Gd: Sequence[Tensor | None],
+    out_TQ: Tensor,
+    memory_C2Gd: Tensor,
+    softmax: Softmax,
+) -> bool:
+    """Causal attention of the last tokens of caches in that memory, if the native kernel takes it; else False."""
+    native = kernels()
+    if native is None or not native.takes_attention(qkv_TX, memory_C2Gd, out_TQ):
         return False
-    if context > max_native_context(cache_C2Gd.dtype):
-        return False
-    ends = range(context - qkv_TX.shape[0] + 1, context + 1)
-    starts = [softmax.first_seen(end - 1) for end in ends]
-    lengths = [end - start for start, end in zip(starts, ends, strict=True)]
-    native.decode_attention(qkv_TX, cache_C2Gd, starts, lengths, out_TQ, softmax.logits)
+    token_bytes = memory_C2Gd[:1].nbytes
+    starts, ends = list[int](), list[int]()
+    places: list[tuple[int, int]] = []  # of new tokens: the first row and how many
+    for length, cache in zip(lengths, caches_C2Gd, strict=True):
+        assert cache is not None
+        place, context = (cache.data_ptr() - memory_C2Gd.data_ptr()) // token_bytes, cache.shape[0]
+        earlier = context - length
+        if softmax.reaches_all(context):
+            starts += [place] * length
+        else:
+            starts += [place + softmax.first_seen(position) for position in range(earlier, context)]
+        ends += range(place + earlier + 1, place + context + 1)
+        if places and sum(places[-1]) == place + earlier:
+            places[-1] = places[-1][0], places[-1][1] + length
+        else:
+            places.append((place + earlier, length))
+    kv_T2Gd, row = qkv_TX[:, out_TQ.shape[1] :].unflatten(1, memory_C2Gd.shape[1:]), 0
+    for place, length in places:
+        memory_C2Gd[place : place + length].copy_(kv_T2Gd[row : row + length])
+        row += length
+    seen = [end - start for end, start in zip(ends, starts, strict=True)]
+    native.decode_attention(qkv_TX, memory_C2Gd, starts, seen, out_TQ, softmax.logits)
     return True
 
 

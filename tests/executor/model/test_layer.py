@@ -30,6 +30,8 @@ from executor.model import (
 )
 from executor.model.crossings import assumed
 from executor.model.mixers.grouped_query import append_kv
+from executor.model.numbers import Reach
+from executor.model.softmax import Softmax
 from hrm.contract.rows import LOGIT_BYTES
 from hrm.contract.temporaries import MASK_BLOCK_TOKENS
 from hrm.formats import FORMATS
@@ -146,6 +148,47 @@ def test_prefill_attention(arch, dtype):
     prefill_attention(arch.spec.attention, qkv, lengths, [None] * 4, out, big_workspace())
     exact = [reference.attention(*split_heads(arch, part.float())) for part in qkv.split(lengths)]
     assert_same(out, torch.cat(exact))
+
+
+MEMORY, OTHER = 0, 1
+IN_TURN = ((MEMORY, 0, 5), (MEMORY, 5, 1), (MEMORY, 6, 33), (MEMORY, 39, 2))
+APART = ((MEMORY, 90, 5), (MEMORY, 20, 1), (MEMORY, 100, 33), (MEMORY, 0, 2))
+
+
+@pytest.mark.skipif(not native.paths(), reason="the native kernels are not built")
+@pytest.mark.parametrize("window", [0, 9])
+@pytest.mark.parametrize(
+    ("places", "num_calls"),
+    [
+        (IN_TURN, 1),
+        (APART, 1),
+        (((MEMORY, 60, 14), *APART[1:]), 2),  # nine tokens of the first prompt came before
+        ((*APART[:2], None, APART[3]), 2),
+        ((APART[0], (OTHER, 3, 1), APART[2], (OTHER, 0, 2)), 4),
+    ],
+)
+def test_prompts_whose_caches_lie_in_the_same_memory_are_one_call(monkeypatch, places, num_calls, window):
+    """Bit by bit as one by one; those without a cache, or with earlier tokens, are by themselves."""
+    arch, calls = tiny_arch(num_kv_heads=2, head_dim=16), []
+    lengths, softmax, attend = [5, 1, 33, 2], Softmax(reach=Reach(window)), native.Kernels.decode_attention
+    monkeypatch.setattr(native.Kernels, "decode_attention", lambda *given: (calls.append(given), attend(*given)))
+    qkv = torch.randn(sum(lengths), arch.spec.query_size + 2 * arch.spec.kv_size)
+    before = [torch.randn(200, 2, 2, 16) for _ in (MEMORY, OTHER)]
+
+    def attended(several: list[slice]) -> list[torch.Tensor]:
+        memories, out = [memory.clone() for memory in before], torch.empty(len(qkv), arch.spec.query_size)
+        caches = [None if at is None else memories[at[0]][at[1] : sum(at[1:])] for at in places]
+        for some in several:
+            rows = slice(sum(lengths[: some.start]), sum(lengths[: some.stop]))
+            given = qkv[rows], lengths[some], caches[some], out[rows]
+            prefill_attention(arch.spec.attention, *given, big_workspace(), softmax)
+        return [out, *memories]
+
+    with assumed(300):
+        together = attended([slice(0, 4)])
+        assert len(calls) == num_calls
+        alone = attended([slice(number, number + 1) for number in range(4)])
+    assert all(map(torch.equal, together, alone))
 
 
 @settings(max_examples=60, deadline=None)
