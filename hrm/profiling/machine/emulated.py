@@ -84,7 +84,9 @@ def _profile_one(run: Run, gpu_bytes: int, count: int = 1) -> HardwareProfile:
 
     gpu_threads, cpu_threads = _threads(run, Lane.GPU), _threads(run, Lane.CPU)
     capacity, reserve = (figure.times(1 / count) for figure in ram_of(run.host, count * gpu_bytes))
-    add_tasks(run, count)
+    # Plans that know how many cores lanes share have each wait while another has them.
+    if not (add_tasks(run, count) and gpu_threads + cpu_threads > run.threads):
+        _add_both_busy(run, gpu_threads, cpu_threads)
     results = _measured(run, gpu_bytes, gpu_threads, cpu_threads, count)
     gpu_capacity = Figure(value=float(gpu_bytes), source=Source.ASSUMED, note="emulated")
     none = Figure(value=0.0, source=Source.ASSUMED, note="the whole arena is used")
@@ -114,9 +116,6 @@ def _profile_one(run: Run, gpu_bytes: int, count: int = 1) -> HardwareProfile:
 
 def _measured(run: Run, gpu_bytes: int, gpu_threads: int, cpu_threads: int, ranks: int) -> dict[str, Any]:
     """What all steps found; levels of equally many threads are the same cores and measured once."""
-    from hrm.profiling.launch import launch_latency_beside_another
-    from hrm.profiling.timing import Timing
-
     add_processor(run, GPU, gpu_threads)
     if cpu_threads != gpu_threads:
         add_processor(run, CPU, cpu_threads)
@@ -129,13 +128,6 @@ def _measured(run: Run, gpu_bytes: int, gpu_threads: int, cpu_threads: int, rank
     for source, target in ((CPU, GPU), (GPU, CPU)):
         _add_link(run, source, target, arena, bandwidth)
     add_staging(run, _threads(run, Lane.STAGE))
-    if gpu_threads + cpu_threads <= run.threads:  # else plans share out the cores that lanes take from one another
-        run.steps.add(
-            BOTH_BUSY,
-            4,
-            lambda seconds: launch_latency_beside_another(budget_s=seconds, threads=(gpu_threads, cpu_threads)),
-            Timing,
-        )
     run.steps.add(ALL_AT_ONCE, 2, lambda seconds: _all_at_once(run, seconds, arena, bandwidth, ranks), Figure)
     add_disk(run)
     results = run.steps.run()
@@ -143,6 +135,18 @@ def _measured(run: Run, gpu_bytes: int, gpu_threads: int, cpu_threads: int, rank
         return results
     of_gpu = {name.removeprefix(GPU): found for name, found in results.items() if name.startswith(f"{GPU} ")}
     return results | {f"{CPU}{name}": found for name, found in of_gpu.items()}
+
+
+def _add_both_busy(run: Run, gpu_threads: int, cpu_threads: int) -> None:
+    from hrm.profiling.launch import launch_latency_beside_another
+    from hrm.profiling.timing import Timing
+
+    run.steps.add(
+        BOTH_BUSY,
+        4,
+        lambda seconds: launch_latency_beside_another(budget_s=seconds, threads=(gpu_threads, cpu_threads)),
+        Timing,
+    )
 
 
 def _add_link(run: Run, source: str, target: str, arena: int, bandwidth: float) -> None:

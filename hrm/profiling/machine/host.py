@@ -195,11 +195,11 @@ def add_disk(run: Run) -> None:
     run.steps.add(DISK, 3, disk, DiskFound)
 
 
-def add_tasks(run: Run, ranks: int = 1) -> None:
-    """What running a task takes whatever it does, of one of so many ranks, if a runtime tells."""
+def add_tasks(run: Run, ranks: int = 1) -> bool:
+    """What running a task takes whatever it does, of one of so many ranks; whether a runtime tells."""
     kernels = run.options.kernels
     if kernels is None or (seconds_a_task := kernels.seconds_a_task) is None:
-        return
+        return False
     from hrm.profiling.timing import summarise
 
     def lanes(_: float) -> LaneThreads:
@@ -209,6 +209,7 @@ def add_tasks(run: Run, ranks: int = 1) -> None:
         return LaneThreads(cores=run.threads, task_s=a_task)
 
     run.steps.add(TASKS, 0.1, lanes, LaneThreads, once=True)
+    return True
 
 
 def host_facts_of(results: dict[str, Any]) -> tuple[Disk | None, dict[str, str]]:

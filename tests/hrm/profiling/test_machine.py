@@ -551,6 +551,9 @@ def test_two_emulated_accelerators_are_shares_of_the_machine_with_sums_between(t
     assert part.lane_threads is not None
     assert part.lane_threads.task_s.value == pytest.approx(2e-5)
     assert part.lane_threads.cores == max(1, host_facts().compute_threads // 2)
+    lanes_wait = part.lane_threads.cores < sum(level.processor.cores for level in part.levels)
+    for level in part.levels:
+        assert ("with the other lane busy too" in level.processor.launch_latency_s.note) != lanes_wait
     assert part.top.usable_bytes == 2 * MIB
     assert part.h2d.bandwidth_bytes_per_s.at() <= 1e9 < found.h2d.bandwidth_bytes_per_s.at()
     assert found.host.usable_bytes < host_facts().usable_ram_bytes
