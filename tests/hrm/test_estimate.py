@@ -17,6 +17,7 @@ from hrm.hardware import Figure, HardwareProfile, LaneThreads, Source
 from hrm.layers import ExpertDivision
 from hrm.machines import compose
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
+from hrm.phase_work import prefill_phase
 from hrm.phases import decode_work, prefill_seconds, prefill_work, simulate_work, step_seconds
 from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.scaling import Resource, scale
@@ -434,6 +435,29 @@ def test_lanes_that_share_cores_take_as_long_as_these_are_busy_with_running_task
             expected_s = (running_s + step.lanes[Lane.GPU] + step.lanes[Lane.CPU]) / cores
             assert step.shared_cores == (pytest.approx(expected_s, rel=1e-6),)
             assert step_seconds(costs_on(cores), policy, 40) >= (1 - 1e-6) * expected_s
+
+
+def test_phases_take_no_less_on_shared_cores_and_their_work_at_least():
+    rng, longer = Random(5), 0
+    for _ in range(12):
+        spec = tiny_spec()
+        policy = random_policy(rng, spec, ScheduleName.CGOPIPE)
+        machine = random_machine(rng)
+        levels = tuple(replace(level, processor=replace(level.processor, cores=1)) for level in machine.levels)
+        no_s = Figure(value=0.0, source=Source.ASSUMED)
+        one, two = (
+            Costs(spec, replace(machine, levels=levels, lane_threads=LaneThreads(cores=n, task_s=no_s)), policy.formats)
+            for n in (1, 2)
+        )
+        assert one.shared_cores is not None
+        assert two.shared_cores is None
+        steps = [step_seconds(costs, policy, 40) for costs in (one, two)]
+        prefills = [prefill_seconds(costs, policy, WORKLOAD) for costs in (one, two)]
+        for together, apart in (steps, prefills):
+            assert together >= apart * (1 - 1e-9)
+            longer += together > apart * 1.001
+        assert prefills[0] >= prefill_phase(one, policy, WORKLOAD).cores_s * (1 - 1e-9)
+    assert longer > 5
 
 
 def test_what_is_stored_holds_up_nothing_that_follows_in_its_layer():
