@@ -12,10 +12,10 @@ from hrm.latency import Latency
 from hrm.memory import MemoryPlan, fullest, plan_shares
 from hrm.model_spec import ModelSpec
 from hrm.parallel import Part, Share, shares_for
-from hrm.phase_work import PhaseWork, Turn, decode_steps, prefill_phase
+from hrm.phase_work import PhaseWork, StepsAlike, Turn, decode_steps, prefill_phase
 from hrm.phases import prefill_seconds, steps_seconds
 from hrm.policy import PaperTuple, Parallelism, Policy
-from hrm.tasks import Lane, Phase
+from hrm.tasks import Device, Lane, Phase
 from hrm.workload import Workload
 
 
@@ -266,20 +266,39 @@ def _what_tells_apart(share: Share, turns: tuple[Turn, ...]) -> Hashable:
 def _batches(
     share: Share, turns: tuple[Turn, ...], workload: Workload, runtime: Runtime, most_s: float
 ) -> _Batches | None:
-    """A stage's phases; None if decode is so slow that the job takes longer than `most_s`, however good prefill is."""
+    """A stage's phases; None as soon as it is known that the job takes longer than `most_s`.
+
+    The closed form may show it, or decode, however good prefill is: that takes longest to simulate.
+    """
     costs = Costs(share.part.spec, share.part.profile, share.policy.formats, runtime)
     prefills = [prefill_phase(costs, turn.policy, workload) for turn in turns]
-    decodes = [_decode(costs, turn.policy, workload) for turn in turns]
-    least_s = sum(
-        turn.times * (costs.prefills_in_turn * prefill.bound_s + decode.seconds)
-        for turn, prefill, decode in zip(turns, prefills, decodes, strict=True)
-    )
-    if least_s > most_s:
+    steps = [decode_steps(costs, turn.policy, workload) for turn in turns]
+    in_prefill, in_decode = (_is_exact(share, phase) for phase in (Phase.PREFILL, Phase.DECODE))
+    prefill_s = [costs.prefills_in_turn * work.least_s(exact=in_prefill) for work in prefills]
+    decode_s = [sum(alike.steps * alike.work.least_s(exact=in_decode) for alike in of_turn) for of_turn in steps]
+    if _in_all(turns, prefill_s, decode_s) > most_s:
+        return None
+    decodes = [_decode(costs, turn.policy, workload, of_turn) for turn, of_turn in zip(turns, steps, strict=True)]
+    if _in_all(turns, prefill_s, [decode.seconds for decode in decodes]) > most_s:
         return None
     return tuple(
         (_prefill(costs, turn.policy, workload, prefill), decode)
         for turn, prefill, decode in zip(turns, prefills, decodes, strict=True)
     )
+
+
+def _in_all(turns: Sequence[Turn], prefill_s: Sequence[float], decode_s: Sequence[float]) -> float:
+    return sum(turn.times * (first + rest) for turn, first, rest in zip(turns, prefill_s, decode_s, strict=True))
+
+
+def _is_exact(share: Share, phase: Phase) -> bool:
+    """Whether the closed form sums up what tasks take: of the CPU's experts it knows means over layers only."""
+    counts = {
+        count
+        for count, layer in zip(share.policy.resident_experts, share.part.spec.layers, strict=True)
+        if layer.has_experts
+    }
+    return share.policy.ffn_in(phase) is Device.GPU or max(counts) - min(counts) <= 1
 
 
 def _latency(stages: Sequence[StageEstimate], workload: Workload) -> Latency:
@@ -316,10 +335,9 @@ def _prefill(costs: Costs, policy: Policy, workload: Workload, work: PhaseWork) 
     return PhaseEstimate(seconds=costs.prefills_in_turn * max(simulated_s, work.bound_s), work=work)
 
 
-def _decode(costs: Costs, policy: Policy, workload: Workload) -> PhaseEstimate:
-    """Decode of one batch."""
+def _decode(costs: Costs, policy: Policy, workload: Workload, steps: Sequence[StepsAlike]) -> PhaseEstimate:
+    """Decode of one batch, of whose steps that is the work."""
     active = workload.active_share * policy.batch_size / policy.num_micro_batches
-    steps = decode_steps(costs, policy, workload)
     simulated_s = steps_seconds(costs, policy, {step.context: step.work.stretch for step in steps}, tokens=active)
     # A model of one layer is not yet in its steady state when the steps are taken, and long ones are shortened.
     seconds = sum(step.steps * max(step.work.bound_s, s) for step, s in zip(steps, simulated_s, strict=True))
@@ -329,7 +347,8 @@ def _decode(costs: Costs, policy: Policy, workload: Workload) -> PhaseEstimate:
 def _of_job(phase: Phase, costs: Costs, turns: Sequence[Turn], workload: Workload) -> PhaseEstimate:
     """A phase of a job that has these turns."""
     if phase is Phase.DECODE:
-        return _total(turns, [_decode(costs, turn.policy, workload) for turn in turns])
+        steps = [(turn.policy, decode_steps(costs, turn.policy, workload)) for turn in turns]
+        return _total(turns, [_decode(costs, policy, workload, of_turn) for policy, of_turn in steps])
     works = [(turn.policy, prefill_phase(costs, turn.policy, workload)) for turn in turns]
     return _total(turns, [_prefill(costs, policy, workload, work) for policy, work in works])
 

@@ -50,6 +50,16 @@ class PhaseSeconds(NamedTuple):
         left = 1 - float(self.running_s / max(*self.terms, self.cores_s, _NEARLY_NOTHING_S))
         return Stretch(self._at_memory, 1 / left if left > 0 else 1.0)
 
+    def stretched_s(self, stretch: Stretch) -> float:
+        """What the phase takes at least where tasks take so much longer: those of each lane, and the chain."""
+        lanes, chained_s, alone_s = dict.fromkeys(Lane, 0.0), 0.0, _NEARLY_NOTHING_S
+        for act, seconds in self.acts.items():
+            longer_s = stretch.of(act) * float(seconds)
+            lanes[act.lane] += longer_s
+            if act.chained:
+                chained_s, alone_s = chained_s + longer_s, alone_s + float(seconds)
+        return max(*lanes.values(), float(self.chain_s) * chained_s / alone_s)
+
     @property
     def _at_memory(self) -> float:
         """How much longer work on the host's memory takes because all of it wants more than there is.

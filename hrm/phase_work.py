@@ -13,6 +13,7 @@ from hrm.workload import Workload
 
 HOST_MEMORY: Final = "host memory"
 CORES: Final = "cores"
+_NEARLY: Final = 1 - 1e-9  # sums of the same seconds in another order
 
 
 class Turn(NamedTuple):
@@ -29,11 +30,13 @@ class PhaseWork:
     `host_memory_s` is what the host's memory needs to serve all of them, `cores_s` what those take that share
     cores, and `all_reduce_s` the part of the GPUs' time in which they exchange sums. `bound_s` is the longest
     of them all, and `in_order_s` what the schedule's order leaves at least: more where lanes work in turn.
-    Tasks take longer by the `stretch`, where together they want more of the host's memory or cores than there is.
+    Tasks take longer by the `stretch`, where together they want more of the host's memory or cores than there is, and
+    the phase with them `stretched_s` at least.
     """
 
     bound_s: float = 0.0
     in_order_s: float = 0.0
+    stretched_s: float = 0.0
     lane_s: dict[Lane, float]
     host_memory_s: float = 0.0
     cores_s: float = 0.0
@@ -43,16 +46,21 @@ class PhaseWork:
     @staticmethod
     def of(seconds: PhaseSeconds, *, in_order_s: float) -> "PhaseWork":
         """The work in its seconds in closed form."""
-        lanes, host_memory_s = seconds.lanes, seconds.host_memory_s
+        lanes, host_memory_s, stretch = seconds.lanes, seconds.host_memory_s, seconds.stretch
         return PhaseWork(
             bound_s=float(max(*lanes.values(), host_memory_s, *seconds.shared_cores)),
             in_order_s=in_order_s,
+            stretched_s=seconds.stretched_s(stretch),
             lane_s={lane: float(of_lane) for lane, of_lane in lanes.items()},
             host_memory_s=float(host_memory_s),
             cores_s=float(sum(seconds.shared_cores)),
             all_reduce_s=float(sum(of_act for act, of_act in seconds.acts.items() if act.reduces)),
-            stretch=seconds.stretch,
+            stretch=stretch,
         )
+
+    def least_s(self, *, exact: bool) -> float:
+        """What the phase takes at least, simulated; if these seconds are not `exact`, tasks may take less in all."""
+        return max(self.bound_s, _NEARLY * self.stretched_s) if exact else self.bound_s
 
     @property
     def busy_s(self) -> dict[str, float]:
@@ -78,6 +86,7 @@ class PhaseWork:
         return PhaseWork(
             bound_s=sum(count * work.bound_s for count, work in known),
             in_order_s=sum(count * work.in_order_s for count, work in known),
+            stretched_s=sum(count * work.stretched_s for count, work in known),
             lane_s={lane: sum(count * work.lane_s[lane] for count, work in known) for lane in Lane},
             host_memory_s=sum(count * work.host_memory_s for count, work in known),
             cores_s=sum(count * work.cores_s for count, work in known),

@@ -19,6 +19,7 @@ from hrm.search.lattice import LEAST_CHUNK_TOKENS, ChunkRange, levelled, limits,
 from hrm.search.longest import with_longest_chunks
 from hrm.search.result import OPTIMAL_GAP
 from hrm.search.scores import score_of, scores
+from hrm.search.solver import Found
 from hrm.search.space import Kind, KvPlace, Space
 from hrm.tasks import Device
 
@@ -31,32 +32,37 @@ _OF_WHOLE_LAYERS: Final = 0.05  # by which they may be better than the closed fo
 _KV_SHARE: Final = 0.05  # of the KV cache that is moved to the GPU, or away from it
 
 
-def polished(space: Space, simulated: tuple[Estimate, ...], greatest_tokens_per_s: float) -> tuple[Estimate, ...]:
-    """The simulated policies, best first, with better ones among them if there are any near by.
+def polished(space: Space, found: Found) -> tuple[Estimate, ...]:
+    """The simulated policies of what was found, best first, with better ones among them if there are any near by.
 
     Resident experts may as well be those of whole layers. Micro-batches, their number and caches, chunks, and where
     projections lie and prefill computes experts are changed one at a time; what then does not fit has shorter chunks.
     That is simulated if it is better in closed form than all that was found or, where waits cost the best more than
-    a policy that is called optimal may lie below the closed form, than what it does.
+    a policy that is called optimal may lie below the closed form, than what it does. What was slower than the best
+    once is not tried again.
     """
-    known = {predicted.policy: predicted for predicted in simulated}
-    for _ in range(ROUNDS if known else 0):
-        found = ranked(list(known.values()))
-        first = best = found[0].tokens_per_s
+    ranking = new = found.ranked
+    tried = {*found.slower, *(predicted.policy for predicted in ranking)}
+    for _ in range(ROUNDS if ranking else 0):
+        first = best = ranking[0].tokens_per_s
         # The greatest closed form is of residents in all layers alike.
-        waits = best < greatest_tokens_per_s * (1 - OPTIMAL_GAP) or not _is_even(space, found[0].policy)
-        enough = max(best if waits else greatest_tokens_per_s, space.known_tokens_per_s) * (1 + TIE)
-        near = chain.from_iterable(_near(space, centre, enough) for centre in _best_by_cache(found))
-        for policy in (*_in_layers(space, found), *near):
-            if policy in known:
+        waits = best < found.greatest_tokens_per_s * (1 - OPTIMAL_GAP) or not _is_even(space, ranking[0].policy)
+        enough = max(best if waits else found.greatest_tokens_per_s, space.known_tokens_per_s) * (1 + TIE)
+        near = chain.from_iterable(_near(space, centre, enough) for centre in _best_by_cache(ranking))
+        better: list[Estimate] = []
+        for policy in (*_in_layers(space, new, best), *near):
+            if policy in tried:
                 continue
+            tried.add(policy)
             predicted = space.allowed_above(best * (1 - TIE), policy)
             if predicted is not None and predicted.memory.fits:
-                known[policy] = predicted
+                better.append(predicted)
                 best = max(best, predicted.tokens_per_s)
+        new = tuple(better)
+        ranking = ranked([*ranking, *new])
         if best <= first * (1 + TIE):
             break
-    return ranked(list(known.values()))
+    return ranking
 
 
 def _best_by_cache(found: Sequence[Estimate]) -> list[Policy]:
@@ -65,12 +71,12 @@ def _best_by_cache(found: Sequence[Estimate]) -> list[Policy]:
     return list(best.values())
 
 
-def _in_layers(space: Space, found: Sequence[Estimate]) -> list[Policy]:
+def _in_layers(space: Space, found: Sequence[Estimate], best_tokens_per_s: float) -> list[Policy]:
     """Simulated policies with whole layers resident, best first, if that may be better than the best is.
 
     Where the CPU computes the others, few in all layers may be worse than none, and whole layers better.
     """
-    enough = found[0].tokens_per_s * (1 - _OF_WHOLE_LAYERS)
+    enough = best_tokens_per_s * (1 - _OF_WHOLE_LAYERS)
     policies = [one.policy for one in found]
     policies += [_with_all_that_fit(space, policy) for policy in policies if policy.ffn is Device.CPU]
     rates = {policy: score_of(space, policy) for policy in (_in_whole_layers(space, policy) for policy in policies)}

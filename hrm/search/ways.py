@@ -336,7 +336,7 @@ def _first_to_last(find_in: Callable[[Space], Found], spaces: Sequence[Space], f
 def find(space: Space, solver: Solver) -> Found:
     """What a solver finds in one space, polished, and of near ties the smallest first."""
     found = solver.find(space)
-    ranking = polished(space, found.ranked, found.greatest_tokens_per_s)
+    ranking = polished(space, found)
     if ranking and ranking[0].tokens_per_s > space.known_tokens_per_s:
         ranking = smallest_first(space, ranking)
     return replace(found, ranked=ranking, simulated=found.simulated + len(ranking) - len(found.ranked))
