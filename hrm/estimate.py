@@ -1,6 +1,6 @@
 """What a policy will do on a machine: closed form (the bound) and simulation (with its bubbles)."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, inf
@@ -195,20 +195,27 @@ def estimate_above(
         turns = _turns(policy, requests, (len(policy.gpus) or profile.num_gpus) if pipeline else 1)
     generated_tokens = requests * workload.generated_tokens
     most_s = generated_tokens / tokens_per_s if tokens_per_s > 0 else inf
-    stages: list[StageEstimate] = []
-    known: dict[Hashable, _Batches | None] = {}
-    for index, (share, memory) in enumerate(zip(shares, plan_shares(shares, profile), strict=True)):
+    runs: list[_StageRun] = []
+    known: dict[Hashable, _StageRun] = {}
+    for index, share in enumerate(shares):
         own_turns = _of_share(turns, index if policy.stage_lengths else None)
-        if (same := _what_tells_apart(share, own_turns)) not in known:
-            known[same] = _batches(share, own_turns, workload, runtime, most_s)
-        batches = known[same]
-        if batches is None:
-            return None
-        stages.append(
-            StageEstimate(
-                gpu=index, policy=share.policy, part=share.part, turns=own_turns, batches=batches, memory=memory
-            )
+        same = _what_tells_apart(share, own_turns)
+        if same not in known:
+            known[same] = _StageRun(share, own_turns, workload, runtime)
+        runs.append(known[same])
+    if not _simulated_within(most_s, known.values()):
+        return None
+    stages = [
+        StageEstimate(
+            gpu=index,
+            policy=share.policy,
+            part=share.part,
+            turns=run.turns,
+            batches=tuple(zip(run.prefills, run.decodes, strict=True)),
+            memory=memory,
         )
+        for index, (share, run, memory) in enumerate(zip(shares, runs, plan_shares(shares, profile), strict=True))
+    ]
     slowest = _slowest(stages)
     prefill, decode = (stage.phases[phase] for phase, stage in enumerate(_slowest_in_phases(stages)))
     return Estimate(
@@ -263,32 +270,46 @@ def _what_tells_apart(share: Share, turns: tuple[Turn, ...]) -> Hashable:
     return spec.layers, spec.has_embedding, spec.has_head, id(profile), turns
 
 
-def _batches(
-    share: Share, turns: tuple[Turn, ...], workload: Workload, runtime: Runtime, most_s: float
-) -> _Batches | None:
-    """A stage's phases; None as soon as it is known that the job takes longer than `most_s`.
+class _StageRun:
+    """What a stage takes for the phases of its turns: at least, until they are simulated."""
+
+    def __init__(self, share: Share, turns: tuple[Turn, ...], workload: Workload, runtime: Runtime) -> None:
+        self.turns, self.workload = turns, workload
+        self.costs = costs = Costs(share.part.spec, share.part.profile, share.policy.formats, runtime)
+        self.prefill_works = [prefill_phase(costs, turn.policy, workload) for turn in turns]
+        self.steps = [decode_steps(costs, turn.policy, workload) for turn in turns]
+        in_prefill, in_decode = (_is_exact(share, phase) for phase in (Phase.PREFILL, Phase.DECODE))
+        least_s = (costs.prefills_in_turn * work.least_s(exact=in_prefill) for work in self.prefill_works)
+        self.prefill_s = self._in_all(least_s)
+        least_s = (sum(alike.steps * alike.work.least_s(exact=in_decode) for alike in steps) for steps in self.steps)
+        self.decode_s = self._in_all(least_s)
+        self.prefills: list[PhaseEstimate] = []
+        self.decodes: list[PhaseEstimate] = []
+
+    def _in_all(self, seconds: Iterable[float]) -> float:
+        return sum(turn.times * of_turn for turn, of_turn in zip(self.turns, seconds, strict=True))
+
+    def simulate_decode(self) -> None:
+        for turn, steps in zip(self.turns, self.steps, strict=True):
+            self.decodes.append(_decode(self.costs, turn.policy, self.workload, steps))
+        self.decode_s = self._in_all(decode.seconds for decode in self.decodes)
+
+    def simulate_prefill(self) -> None:
+        for turn, work in zip(self.turns, self.prefill_works, strict=True):
+            self.prefills.append(_prefill(self.costs, turn.policy, self.workload, work))
+        self.prefill_s = self._in_all(prefill.seconds for prefill in self.prefills)
+
+
+def _simulated_within(most_s: float, stages: Collection[_StageRun]) -> bool:
+    """Simulate the phases of stages; False as soon as it is known that those take longer in all.
 
     The closed form may show it, or decode, however good prefill is: that takes longest to simulate.
     """
-    costs = Costs(share.part.spec, share.part.profile, share.policy.formats, runtime)
-    prefills = [prefill_phase(costs, turn.policy, workload) for turn in turns]
-    steps = [decode_steps(costs, turn.policy, workload) for turn in turns]
-    in_prefill, in_decode = (_is_exact(share, phase) for phase in (Phase.PREFILL, Phase.DECODE))
-    prefill_s = [costs.prefills_in_turn * work.least_s(exact=in_prefill) for work in prefills]
-    decode_s = [sum(alike.steps * alike.work.least_s(exact=in_decode) for alike in of_turn) for of_turn in steps]
-    if _in_all(turns, prefill_s, decode_s) > most_s:
-        return None
-    decodes = [_decode(costs, turn.policy, workload, of_turn) for turn, of_turn in zip(turns, steps, strict=True)]
-    if _in_all(turns, prefill_s, [decode.seconds for decode in decodes]) > most_s:
-        return None
-    return tuple(
-        (_prefill(costs, turn.policy, workload, prefill), decode)
-        for turn, prefill, decode in zip(turns, prefills, decodes, strict=True)
-    )
-
-
-def _in_all(turns: Sequence[Turn], prefill_s: Sequence[float], decode_s: Sequence[float]) -> float:
-    return sum(turn.times * (first + rest) for turn, first, rest in zip(turns, prefill_s, decode_s, strict=True))
+    for simulate in (*(stage.simulate_decode for stage in stages), *(stage.simulate_prefill for stage in stages)):
+        if max(stage.prefill_s for stage in stages) + max(stage.decode_s for stage in stages) > most_s:
+            return False
+        simulate()
+    return True
 
 
 def _is_exact(share: Share, phase: Phase) -> bool:
