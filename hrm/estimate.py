@@ -1,9 +1,9 @@
 """What a policy will do on a machine: closed form (the bound) and simulation (with its bubbles)."""
 
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import ceil, inf
+from math import ceil
 
 from hrm.causes import Limits, limits_of
 from hrm.costs import EXECUTOR, Costs, Runtime
@@ -12,30 +12,11 @@ from hrm.latency import Latency
 from hrm.memory import MemoryPlan, fullest, plan_shares
 from hrm.model_spec import ModelSpec
 from hrm.parallel import Part, Share, shares_for
-from hrm.phase_work import PhaseWork, StepsAlike, Turn, decode_steps, prefill_phase
-from hrm.phases import prefill_seconds, steps_seconds
+from hrm.phase_work import Turn
 from hrm.policy import PaperTuple, Parallelism, Policy
-from hrm.tasks import Device, Lane, Phase
+from hrm.stage_run import PhaseEstimate, StageRun, phase_of_job, total
+from hrm.tasks import Lane, Phase
 from hrm.workload import Workload
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PhaseEstimate:
-    """One phase of the whole job: simulated seconds, and its work in closed form."""
-
-    seconds: float
-    work: PhaseWork
-
-    @property
-    def bound_s(self) -> float:
-        """Seconds if all lanes overlapped perfectly."""
-        return self.work.bound_s
-
-    @property
-    def lane_s(self) -> dict[Lane, float]:
-        """Seconds of work in each lane."""
-        return self.work.lane_s
-
 
 _Batches = tuple[tuple[PhaseEstimate, PhaseEstimate], ...]  # prefill and decode of batches by size
 
@@ -55,7 +36,7 @@ class StageEstimate:
     def phases(self) -> tuple[PhaseEstimate, PhaseEstimate]:
         """Prefill and decode of the job."""
         prefill, decode = zip(*self.batches, strict=True)
-        return _total(self.turns, prefill), _total(self.turns, decode)
+        return total(self.turns, prefill), total(self.turns, decode)
 
     @property
     def prefill_s(self) -> float:
@@ -72,7 +53,7 @@ class StageEstimate:
         """What limits it, whatever the other stages do."""
 
         def seconds_of(costs: Costs, phase: Phase) -> float:
-            return _of_job(phase, costs, self.turns, workload).seconds
+            return phase_of_job(phase, costs, self.turns, workload).seconds
 
         costs = Costs(*self.part, self.policy.formats, runtime)
         return limits_of(costs, self.turns, workload, seconds_of=seconds_of)
@@ -142,7 +123,7 @@ class Estimate:
         own = {Phase.PREFILL: self.prefill.seconds, Phase.DECODE: self.decode.seconds}
 
         def seconds_of(costs: Costs, phase: Phase) -> float:
-            return own[phase] if costs == self.costs else _of_job(phase, costs, self.turns, self.workload).seconds
+            return own[phase] if costs == self.costs else phase_of_job(phase, costs, self.turns, self.workload).seconds
 
         return limits_of(self.costs, self.turns, self.workload, seconds_of=seconds_of)
 
@@ -158,7 +139,9 @@ class Estimate:
 
     def changed(self, costs: Costs) -> "Estimate":
         """The same job under the same policy where tasks of its part cost something else; other stages are left out."""
-        prefill, decode = (_of_job(phase, costs, self.turns, self.workload) for phase in (Phase.PREFILL, Phase.DECODE))
+        prefill, decode = (
+            phase_of_job(phase, costs, self.turns, self.workload) for phase in (Phase.PREFILL, Phase.DECODE)
+        )
         part = Part(costs.spec, costs.profile)
         return replace(self, part=part, stages=(), runtime=costs.runtime, prefill=prefill, decode=decode)
 
@@ -172,68 +155,85 @@ def estimate(
     long as if it had as many. Raises PolicyError if the policy is not for this model; whether it
     fits is for the caller to check (`estimate(...).memory.check_fits()`).
     """
-    predicted = estimate_above(0.0, spec, policy, profile, workload, runtime=runtime)
+    predicted = Prospect(spec, policy, profile, workload, runtime).above(0.0)
     assert predicted is not None, "no job is slower than nothing"
     return predicted
 
 
-def estimate_above(
-    tokens_per_s: float,
-    spec: ModelSpec,
-    policy: Policy,
-    profile: HardwareProfile,
-    workload: Workload,
-    *,
-    runtime: Runtime = EXECUTOR,
-) -> Estimate | None:
-    """The same, or None as soon as it is known that no so high throughput is reached."""
-    shares = shares_for(policy, spec, profile)
-    requests = workload.requests_or(policy.batch_size)
-    turns: tuple[Turn, ...] = (Turn(policy, 1.0),)
-    if workload.num_requests is not None:
-        pipeline = policy.parallelism is Parallelism.PIPELINE
-        turns = _turns(policy, requests, (len(policy.gpus) or profile.num_gpus) if pipeline else 1)
-    generated_tokens = requests * workload.generated_tokens
-    most_s = generated_tokens / tokens_per_s if tokens_per_s > 0 else inf
-    runs: list[_StageRun] = []
-    known: dict[Hashable, _StageRun] = {}
-    for index, share in enumerate(shares):
-        own_turns = _of_share(turns, index if policy.stage_lengths else None)
-        same = _what_tells_apart(share, own_turns)
-        if same not in known:
-            known[same] = _StageRun(share, own_turns, workload, runtime)
-        runs.append(known[same])
-    if not _simulated_within(most_s, known.values()):
-        return None
-    stages = [
-        StageEstimate(
-            gpu=index,
-            policy=share.policy,
-            part=share.part,
-            turns=run.turns,
-            batches=tuple(zip(run.prefills, run.decodes, strict=True)),
-            memory=memory,
+class Prospect:
+    """A policy's job before it is simulated, of which the closed form tells how fast it may be at most."""
+
+    def __init__(
+        self, spec: ModelSpec, policy: Policy, profile: HardwareProfile, workload: Workload, runtime: Runtime = EXECUTOR
+    ) -> None:
+        self.policy, self.profile, self.workload, self.runtime = policy, profile, workload, runtime
+        self.shares = shares_for(policy, spec, profile)
+        self.num_requests = requests = workload.requests_or(policy.batch_size)
+        self.generated_tokens = requests * workload.generated_tokens
+        turns: tuple[Turn, ...] = (Turn(policy, 1.0),)
+        if workload.num_requests is not None:
+            pipeline = policy.parallelism is Parallelism.PIPELINE
+            turns = _turns(policy, requests, (len(policy.gpus) or profile.num_gpus) if pipeline else 1)
+        known: dict[Hashable, StageRun] = {}
+        self._runs: list[StageRun] = []
+        for index, share in enumerate(self.shares):
+            own_turns = _of_share(turns, index if policy.stage_lengths else None)
+            same = _what_tells_apart(share, own_turns)
+            if same not in known:
+                known[same] = StageRun(share, own_turns, workload, runtime)
+            self._runs.append(known[same])
+        self._different = list(known.values())
+
+    @property
+    def at_most_tokens_per_s(self) -> float:
+        """No higher throughput is possible, as far as is known."""
+        least_s = max(run.prefill_s for run in self._different) + max(run.decode_s for run in self._different)
+        return self.generated_tokens / least_s
+
+    def above(self, tokens_per_s: float) -> Estimate | None:
+        """What simulating the job gives; None as soon as it is known that no so high throughput is reached.
+
+        The closed form may show it, or decode, however good prefill is: that takes longest to simulate.
+        """
+        runs = self._different
+        for simulate in (*(run.simulate_decode for run in runs), *(run.simulate_prefill for run in runs)):
+            if self.at_most_tokens_per_s < tokens_per_s:
+                return None
+            simulate()
+        return self._estimate()
+
+    def _estimate(self) -> Estimate:
+        policy = self.policy
+        memories = plan_shares(self.shares, self.profile)
+        stages = [
+            StageEstimate(
+                gpu=index,
+                policy=share.policy,
+                part=share.part,
+                turns=run.turns,
+                batches=tuple(zip(run.prefills, run.decodes, strict=True)),
+                memory=memory,
+            )
+            for index, (share, run, memory) in enumerate(zip(self.shares, self._runs, memories, strict=True))
+        ]
+        slowest = _slowest(stages)
+        prefill, decode = (stage.phases[phase] for phase, stage in enumerate(_slowest_in_phases(stages)))
+        return Estimate(
+            policy=policy,
+            part=slowest.part,
+            part_policy=slowest.policy,
+            stages=tuple(stages) if policy.stage_lengths else (),
+            runtime=self.runtime,
+            workload=self.workload,
+            turns=slowest.turns,
+            num_requests=self.num_requests,
+            num_batches=ceil(self.num_requests / policy.batch_size),
+            generated_tokens=self.generated_tokens,
+            prefill=prefill,
+            decode=decode,
+            memory=fullest(stage.memory for stage in stages),
+            latency=_latency(stages, self.workload),
         )
-        for index, (share, run, memory) in enumerate(zip(shares, runs, plan_shares(shares, profile), strict=True))
-    ]
-    slowest = _slowest(stages)
-    prefill, decode = (stage.phases[phase] for phase, stage in enumerate(_slowest_in_phases(stages)))
-    return Estimate(
-        policy=policy,
-        part=slowest.part,
-        part_policy=slowest.policy,
-        stages=tuple(stages) if policy.stage_lengths else (),
-        runtime=runtime,
-        workload=workload,
-        turns=slowest.turns,
-        num_requests=requests,
-        num_batches=ceil(requests / policy.batch_size),
-        generated_tokens=generated_tokens,
-        prefill=prefill,
-        decode=decode,
-        memory=fullest(stage.memory for stage in stages),
-        latency=_latency(stages, workload),
-    )
 
 
 def _slowest(stages: Sequence[StageEstimate]) -> StageEstimate:
@@ -270,58 +270,6 @@ def _what_tells_apart(share: Share, turns: tuple[Turn, ...]) -> Hashable:
     return spec.layers, spec.has_embedding, spec.has_head, id(profile), turns
 
 
-class _StageRun:
-    """What a stage takes for the phases of its turns: at least, until they are simulated."""
-
-    def __init__(self, share: Share, turns: tuple[Turn, ...], workload: Workload, runtime: Runtime) -> None:
-        self.turns, self.workload = turns, workload
-        self.costs = costs = Costs(share.part.spec, share.part.profile, share.policy.formats, runtime)
-        self.prefill_works = [prefill_phase(costs, turn.policy, workload) for turn in turns]
-        self.steps = [decode_steps(costs, turn.policy, workload) for turn in turns]
-        in_prefill, in_decode = (_is_exact(share, phase) for phase in (Phase.PREFILL, Phase.DECODE))
-        least_s = (costs.prefills_in_turn * work.least_s(exact=in_prefill) for work in self.prefill_works)
-        self.prefill_s = self._in_all(least_s)
-        least_s = (sum(alike.steps * alike.work.least_s(exact=in_decode) for alike in steps) for steps in self.steps)
-        self.decode_s = self._in_all(least_s)
-        self.prefills: list[PhaseEstimate] = []
-        self.decodes: list[PhaseEstimate] = []
-
-    def _in_all(self, seconds: Iterable[float]) -> float:
-        return sum(turn.times * of_turn for turn, of_turn in zip(self.turns, seconds, strict=True))
-
-    def simulate_decode(self) -> None:
-        for turn, steps in zip(self.turns, self.steps, strict=True):
-            self.decodes.append(_decode(self.costs, turn.policy, self.workload, steps))
-        self.decode_s = self._in_all(decode.seconds for decode in self.decodes)
-
-    def simulate_prefill(self) -> None:
-        for turn, work in zip(self.turns, self.prefill_works, strict=True):
-            self.prefills.append(_prefill(self.costs, turn.policy, self.workload, work))
-        self.prefill_s = self._in_all(prefill.seconds for prefill in self.prefills)
-
-
-def _simulated_within(most_s: float, stages: Collection[_StageRun]) -> bool:
-    """Simulate the phases of stages; False as soon as it is known that those take longer in all.
-
-    The closed form may show it, or decode, however good prefill is: that takes longest to simulate.
-    """
-    for simulate in (*(stage.simulate_decode for stage in stages), *(stage.simulate_prefill for stage in stages)):
-        if max(stage.prefill_s for stage in stages) + max(stage.decode_s for stage in stages) > most_s:
-            return False
-        simulate()
-    return True
-
-
-def _is_exact(share: Share, phase: Phase) -> bool:
-    """Whether the closed form sums up what tasks take: of the CPU's experts it knows means over layers only."""
-    counts = {
-        count
-        for count, layer in zip(share.policy.resident_experts, share.part.spec.layers, strict=True)
-        if layer.has_experts
-    }
-    return share.policy.ffn_in(phase) is Device.GPU or max(counts) - min(counts) <= 1
-
-
 def _latency(stages: Sequence[StageEstimate], workload: Workload) -> Latency:
     """What requests of the first batch wait for; a stage that stands for all is passed as often as there are."""
     first, last = stages[0], stages[-1]
@@ -348,36 +296,3 @@ def _turns(policy: Policy, requests: int, num_stages: int) -> tuple[Turn, ...]:
     if rest and full % num_stages == 0:  # else it goes with full ones, of which some are missing
         turns.append(Turn(policy.for_batch(rest), float(num_stages)))
     return tuple(turns)
-
-
-def _prefill(costs: Costs, policy: Policy, workload: Workload, work: PhaseWork) -> PhaseEstimate:
-    """Prefill of one batch, of which that is the work."""
-    simulated_s = prefill_seconds(costs, policy, workload, stretch=work.stretch)
-    return PhaseEstimate(seconds=costs.prefills_in_turn * max(simulated_s, work.bound_s), work=work)
-
-
-def _decode(costs: Costs, policy: Policy, workload: Workload, steps: Sequence[StepsAlike]) -> PhaseEstimate:
-    """Decode of one batch, of whose steps that is the work."""
-    active = workload.active_share * policy.batch_size / policy.num_micro_batches
-    simulated_s = steps_seconds(costs, policy, {step.context: step.work.stretch for step in steps}, tokens=active)
-    # A model of one layer is not yet in its steady state when the steps are taken, and long ones are shortened.
-    seconds = sum(step.steps * max(step.work.bound_s, s) for step, s in zip(steps, simulated_s, strict=True))
-    return PhaseEstimate(seconds=seconds, work=PhaseWork.total((step.steps, step.work) for step in steps))
-
-
-def _of_job(phase: Phase, costs: Costs, turns: Sequence[Turn], workload: Workload) -> PhaseEstimate:
-    """A phase of a job that has these turns."""
-    if phase is Phase.DECODE:
-        steps = [(turn.policy, decode_steps(costs, turn.policy, workload)) for turn in turns]
-        return _total(turns, [_decode(costs, policy, workload, of_turn) for policy, of_turn in steps])
-    works = [(turn.policy, prefill_phase(costs, turn.policy, workload)) for turn in turns]
-    return _total(turns, [_prefill(costs, policy, workload, work) for policy, work in works])
-
-
-def _total(turns: Sequence[Turn], phases: Sequence[PhaseEstimate]) -> PhaseEstimate:
-    """A phase of a job whose turns take that for it."""
-    of_turns = [(turn.times, phase) for turn, phase in zip(turns, phases, strict=True)]
-    return PhaseEstimate(
-        seconds=sum(times * phase.seconds for times, phase in of_turns),
-        work=PhaseWork.total((times, phase.work) for times, phase in of_turns),
-    )

@@ -38,8 +38,8 @@ def polished(space: Space, found: Found) -> tuple[Estimate, ...]:
     Resident experts may as well be those of whole layers. Micro-batches, their number and caches, chunks, and where
     projections lie and prefill computes experts are changed one at a time; what then does not fit has shorter chunks.
     That is simulated if it is better in closed form than all that was found or, where waits cost the best more than
-    a policy that is called optimal may lie below the closed form, than what it does. What was slower than the best
-    once is not tried again.
+    a policy that is called optimal may lie below the closed form, than what it does: the most promising first, as
+    those that cannot be better than the best are not simulated. What was slower once is not tried again.
     """
     ranking = new = found.ranked
     tried = {*found.slower, *(predicted.policy for predicted in ranking)}
@@ -50,12 +50,12 @@ def polished(space: Space, found: Found) -> tuple[Estimate, ...]:
         enough = max(best if waits else found.greatest_tokens_per_s, space.known_tokens_per_s) * (1 + TIE)
         near = chain.from_iterable(_near(space, centre, enough) for centre in _best_by_cache(ranking))
         better: list[Estimate] = []
-        for policy in (*_in_layers(space, new, best), *near):
-            if policy in tried:
-                continue
-            tried.add(policy)
-            predicted = space.allowed_above(best * (1 - TIE), policy)
-            if predicted is not None and predicted.memory.fits:
+        untried = dict.fromkeys(policy for policy in (*_in_layers(space, new, best), *near) if policy not in tried)
+        tried.update(untried)
+        prospects = [space.prospect(policy) for policy in untried]
+        for prospect in sorted(prospects, key=lambda prospect: -prospect.at_most_tokens_per_s):
+            predicted = prospect.above(best * (1 - TIE))
+            if predicted is not None and predicted.memory.fits and space.limits.are_met(predicted.latency):
                 better.append(predicted)
                 best = max(best, predicted.tokens_per_s)
         new = tuple(better)

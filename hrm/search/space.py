@@ -7,7 +7,7 @@ from typing import Final
 from hrm.contract.rings import WEIGHT_SLOTS
 from hrm.costs import Costs
 from hrm.errors import PolicyError
-from hrm.estimate import Estimate, estimate, estimate_above
+from hrm.estimate import Estimate, Prospect, estimate
 from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
 from hrm.latency import NO_LIMITS, LatencyLimits
@@ -105,9 +105,13 @@ class Space:
         """What a policy of the space does, simulated."""
         return estimate(self.spec, policy, self.profile, self.workload)
 
+    def prospect(self, policy: Policy) -> Prospect:
+        """What a policy of the space may do, before it is simulated."""
+        return Prospect(self.spec, policy, self.profile, self.workload)
+
     def predicted_above(self, tokens_per_s: float, policy: Policy) -> Estimate | None:
-        """The same; None if decode alone shows that the policy is slower than that."""
-        return estimate_above(tokens_per_s, self.spec, policy, self.profile, self.workload)
+        """The same; None as soon as it is known that the policy is slower than that."""
+        return self.prospect(policy).above(tokens_per_s)
 
     def allowed_above(self, tokens_per_s: float, policy: Policy) -> Estimate | None:
         """The same; None also if the limits on waiting times are missed."""
