@@ -187,8 +187,8 @@ def test_first_tokens_come_when_the_last_batch_has_gone_through_all_stages(seed)
 def test_stages_that_do_the_same_are_worked_out_once_and_others_by_themselves(monkeypatch):
     estimates = sys.modules["hrm.estimate"]
     rng, profile, worked_out = Random(0), machine(*4 * (FAST,)), []
-    batches = estimates._batches
-    monkeypatch.setattr(estimates, "_batches", lambda *args: worked_out.append(args) or batches(*args))
+    run = estimates.StageRun
+    monkeypatch.setattr(estimates, "StageRun", lambda *args: worked_out.append(args) or run(*args))
     once = 0
     for _ in range(12):
         layers = [*SPEC.layers, *SPEC.layers]
