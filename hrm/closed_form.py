@@ -6,7 +6,7 @@ grid of policies with the same lines that estimate one.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
@@ -167,6 +167,7 @@ class DecodeStep:
             kind=spec.layers[0],
             tokens=active_share * point.batch_size / n,
             context=0,
+            known={},
             gpu_experts=point.gpu_experts(spec, point.gpu_ffn, point.resident_experts),
             host_experts=point.host_experts(spec),
             part_experts=point.experts_per_part,
@@ -178,7 +179,7 @@ class DecodeStep:
     def seconds(self, context: Number) -> PhaseSeconds:
         """Seconds of the step over a mean context."""
         attending = (act for act in ACTS[Phase.DECODE] if act.attends)
-        work = self.fixed + LaneWork.of(attending, self.counts, replace(self.load, context=context))
+        work = self.fixed + LaneWork.of(attending, self.counts, self.load._replace(context=context))
         in_flight = minimum(self.counts.pieces, LOOKAHEAD + (work.seconds.get(decode.CPU_EXPERTS, 0.0) > 0))
         return work.in_all(self.costs, in_flight)
 
@@ -286,6 +287,7 @@ def _prefill(costs: Costs, point: Point, workload: Workload) -> tuple[Counts, Lo
         kind=spec.layers[0],
         tokens=chunk,
         context=workload.prompt_len,
+        known={},
         requests=point.batch_size / chunks,
         stored_share=1 - point.kv_share_at(Place.GPU),
         gpu_experts=point.gpu_experts(spec, point.gpu_prefill_ffn, point.resident_experts)
@@ -296,7 +298,7 @@ def _prefill(costs: Costs, point: Point, workload: Workload) -> tuple[Counts, Lo
         page_bytes=point.streamed_bytes(spec, costs.formats.weights, Phase.PREFILL),
     )
     if costs.skips_in_last_layer(workload.prompt_len):
-        load = _with_last(load, point) if told_apart else replace(load, last=replace(load, is_last=True))
+        load = _with_last(load, point) if told_apart else load._replace(last=load._replace(is_last=True))
     with_cpu = (counts.cpu_experts > 0) * ((chunks > 2) + 1 * (chunks > 3))
     work = LaneWork.of(ACTS[Phase.PREFILL], counts, load)
     return counts, load, work.in_all(costs, under_way=1 + (chunks > 1) + with_cpu)
@@ -311,14 +313,12 @@ def _with_last(load: Load, point: Point) -> Load:
     some_on_host = spec.num_layers * point.host_expert_layers - point.last_on_host
     on_host = has_experts * spec.num_experts - point.last_residents
     each = maximum(resident / max(others, 1) - point.fewer_residents, 0)
-    last = replace(
-        load,
+    last = load._replace(
         is_last=True,
         gpu_experts=point.gpu_experts(spec, point.gpu_prefill_ffn, point.last_residents),
         host_experts=on_host / maximum(point.last_on_host, 1e-9),
     )
-    return replace(
-        load,
+    return load._replace(
         last=last,
         gpu_experts=point.gpu_experts(spec, point.gpu_prefill_ffn, each),
         host_experts=(others * spec.num_experts - resident) / maximum(some_on_host, 1e-9),

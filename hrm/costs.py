@@ -334,6 +334,7 @@ class TaskWork:
             kind=kind,
             tokens=self.tokens,
             context=self.context,
+            known={},
             is_last=layer == self.pipeline.num_layers - 1,
             requests=self.requests_per_chunk,
             gpu_experts=resident if elsewhere else self.costs.spec.num_experts,

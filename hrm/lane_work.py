@@ -1,7 +1,7 @@
 """What the tasks of a phase take in closed form, for one policy or a grid of them: by act, and by lane."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import sqrt
 from typing import Final, NamedTuple
 
@@ -162,16 +162,16 @@ def _loads(load: Load, act: Act, counts: Counts) -> list[tuple[Number, Load]]:
     spec = load.spec
     last = spec.layer_kind(spec.num_layers - 1)
     if act.of_last:
-        return [(1.0, replace(load.last or load, kind=last, is_last=True))]
+        return [(1.0, (load.last or load)._replace(kind=last, is_last=True))]
     if act.of_cpu_experts or act.of_parts:  # layers with experts differ in nothing else that matters here
         kind = next(kind for kind in spec.layer_kinds() if kind.has_experts)
         if load.last is None:
-            return [(1.0, replace(load, kind=kind))]
+            return [(1.0, load._replace(kind=kind))]
         of_mean, of_last = counts.cpu_experts, counts.last_cpu_experts
         if act.of_parts:
             of_mean, of_last = counts.parts, counts.last_parts
         of_last = of_last / maximum(counts.layers * of_mean, 1e-9)
-        return [(1 - of_last, replace(load, kind=kind)), (of_last, replace(load.last, kind=kind))]
+        return [(1 - of_last, load._replace(kind=kind)), (of_last, load.last._replace(kind=kind))]
     kinds = spec.alike(by_window=act.attends, by_ffn=act.by_ffn)
     shares = {(kind, False): count / spec.num_layers for kind, count in kinds.items()}
     if load.last is not None and act.by_ffn:
@@ -179,9 +179,9 @@ def _loads(load: Load, act: Act, counts: Counts) -> list[tuple[Number, Load]]:
         shares[last, False] -= 1 / spec.num_layers
         shares[last, True] = 1 / spec.num_layers
     if len(shares) == 1:
-        return [(1.0, replace(load, kind=next(iter(shares))[0]))]
+        return [(1.0, load._replace(kind=next(iter(shares))[0]))]
     return [
-        (share, replace((load.last or load) if is_last else load, kind=kind))
+        (share, ((load.last or load) if is_last else load)._replace(kind=kind))
         for (kind, is_last), share in shares.items()
         if share > 1e-12
     ]

@@ -203,7 +203,9 @@ def _walked(work: TaskWork, in_one: float, pages_in_one: float, known: _Known | 
     shared = work.costs.shared_cores
     order = _order(pipeline, work.policy.schedule, whole=shared is not None)
     pages = round(pipeline.num_pages * pages_in_one)
-    seconds_of = replace(work, pipeline=replace(pipeline, num_pages=pages)).seconds_of()
+    if pages != pipeline.num_pages:
+        work = replace(work, pipeline=replace(pipeline, num_pages=pages))
+    seconds_of = work.seconds_of()
     others = {} if known is None else known.setdefault(work.stretch, {})
     seconds: list[float] = []
     for number, task_id in enumerate(order.distinct):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hrm import operators
 from hrm.formats import Formats
@@ -44,8 +44,7 @@ class Counts:
         object.__setattr__(self, "in_layers", self.layers * self.pieces)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class Load(NamedTuple):
     """What a task of one layer has to do; numbers, or arrays for a grid of policies.
 
     In decode, `tokens` is the mean number of active requests in a micro-batch and `context` their mean context. In
@@ -53,13 +52,15 @@ class Load:
     a chunk and `stored_share` the part of the keys and values that goes to the host. `kind` is the layer's and
     `is_last` says that it is the model's last; `last` is what that one has to do, if it is told apart. Of its experts
     `gpu_experts` are there and computed on the GPU, `host_experts` are not: the CPU computes them, or they stream in
-    parts of `part_experts`. `page_bytes` is what one page of its weights holds.
+    parts of `part_experts`. `page_bytes` is what one page of its weights holds, and `known` are numbers worked out
+    `once`. A plain tuple, as searches make one for every kind of layer and task.
     """
 
     costs: "Costs"
     kind: Layer
     tokens: Number
     context: Number
+    known: dict[Hashable, Number]
     is_last: bool = False
     last: "Load | None" = None
     requests: Number = 0
@@ -68,7 +69,6 @@ class Load:
     host_experts: Number = 0
     part_experts: Number = 0
     page_bytes: Number = 0
-    known: dict[Hashable, Number] = field(default_factory=dict[Hashable, Number])
 
     @property
     def spec(self) -> ModelSpec:

@@ -13,7 +13,6 @@ from rich.console import Console
 from hrm.cli.console import as_is, console, plain_table, print_json
 from hrm.cli.params import OUT_FILE, json_option, together
 from hrm.files import write_whole
-from hrm.plots.style import check_path
 from hrm.policy import PAPER_SYMBOLS
 from hrm.units import format_seconds
 
@@ -30,7 +29,10 @@ class TableOutput:
     plot: Path | None
 
     def __post_init__(self) -> None:
-        check_path(self.plot)
+        if self.plot is not None:
+            from hrm.plots.style import check_path
+
+            check_path(self.plot)
 
     def show(
         self,

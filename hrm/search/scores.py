@@ -11,7 +11,7 @@ from hrm.policy import Policy, ScheduleName
 from hrm.search.grid import Grid
 from hrm.search.space import Space
 
-FEW: Final = 1000  # candidates, all of which are scored
+FEW: Final = 4000  # candidates, all of which are scored
 FIRST: Final = 64  # of more, those of which the best says what is worth it
 
 
