@@ -111,12 +111,14 @@ class LaneWork:
             told_apart = act.attends, act.by_ffn, act.of_cpu_experts, act.of_parts, act.of_last
             if told_apart not in loads_of:
                 loads_of[told_apart] = _loads(load, act, counts)
-            loads = loads_of[told_apart]
-            if len(loads) == 1:
-                of_all, num_bytes, on_host = _task(act, loads[0][1])
-            else:
-                tasks = [(share, _task(act, each)) for share, each in loads]
-                of_all, num_bytes, on_host = (sum(share * task[i] for share, task in tasks) for i in range(3))
+            of_all: Number = 0
+            num_bytes: Number = 0
+            on_host: Number = 0
+            for share, each in loads_of[told_apart]:
+                of_one, moved, accessed = _task(act, each)
+                of_all = of_all + share * of_one
+                num_bytes = num_bytes + share * moved
+                on_host = on_host + share * accessed
             seconds[act] = count * of_all
             # Of what moves nothing there are no tasks: pages of weights that all stay, for one.
             num_tasks = num_tasks + count * (1 if act.lane.computes else num_bytes > 0)

@@ -28,7 +28,9 @@ def operator_seconds(
     With `fused` no operator is split into several kernels, whether or not the processor's are. Where the
     level `writes_out` packed weights as plain numbers before it multiplies, that takes its time, too.
     """
-    work = sum(kernel_seconds(kernel, level, dtype) for kernel in operator.kernels)
+    work: Number = 0
+    for kernel in operator.kernels:
+        work = work + kernel_seconds(kernel, level, dtype)
     processor = level.processor
     if processor.attention_request_s is not None:
         work = work + operator.requests * processor.attention_request_s.value

@@ -39,28 +39,52 @@ def scored(space: Space, grid: Grid, margin: float, least: float = 0.0) -> tuple
 
     Nor are those left that have no more than `least`. In grids of few, all are.
     """
+    if least and not grid.kind.gpu_ffn and len(grid) > FEW:
+        grid = grid.take(np.flatnonzero(_most(space, grid, _cpu_seconds(space, grid)) > least))
     if len(grid) <= FEW:
         return grid, scores(space, grid)
-    most = tokens_per_batch(space, grid.batch_size) / _least_seconds(space, grid)
+    most = _most(space, grid, _least_seconds(space, grid))
     first = grid.take(np.argpartition(most, -FIRST)[-FIRST:])
     least = max(least, scores(space, first).max() / margin)
     grid = grid.take(np.flatnonzero(most > least))
     return grid, scores(space, grid)
 
 
+def _most(space: Space, grid: Grid, least_seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    return tokens_per_batch(space, grid.batch_size) / np.maximum(least_seconds, 1e-12)
+
+
 def _least_seconds(space: Space, grid: Grid) -> NDArray[np.float64]:
     """Seconds that a batch takes at least: of decode all over the first context, and of prefill the CPU's experts."""
-    spec, workload, costs = space.spec, space.workload, space.costs
-    seconds = np.full(len(grid), 1e-12)
+    workload, seconds = space.workload, np.zeros(len(grid))
     if workload.decode_steps:
-        step = DecodeStep.of_point(costs, grid.point(space), space.schedule, workload.active_share)
+        step = DecodeStep.of_point(space.costs, grid.point(space), space.schedule, workload.active_share)
         seconds += workload.decode_steps * maximum(*step.terms(workload.prompt_len + 1))
-    on_cpu = np.flatnonzero((grid.gpu_prefill_ffn == 0) & (grid.kind.gpu_ffn == 0))
+    return seconds if grid.kind.gpu_ffn else seconds + _cpu_prefill_seconds(space, grid)
+
+
+def _cpu_seconds(space: Space, grid: Grid) -> NDArray[np.float64]:
+    """Seconds that the CPU's experts take for a batch in both phases, where the CPU computes some."""
+    spec, workload = space.spec, space.workload
+    tokens = workload.active_share * grid.batch_size / grid.num_micro_batches
+    of_layer = space.costs.cpu_experts(tokens, _in_a_layer(space, grid))
+    of_step = of_layer * grid.num_micro_batches * spec.num_expert_layers
+    return workload.decode_steps * of_step + _cpu_prefill_seconds(space, grid)
+
+
+def _cpu_prefill_seconds(space: Space, grid: Grid) -> NDArray[np.float64]:
+    spec, seconds = space.spec, np.zeros(len(grid))
+    on_cpu = np.flatnonzero(grid.gpu_prefill_ffn == 0)
     if len(on_cpu):
-        in_a_layer = spec.num_experts - grid.resident_total[on_cpu] / spec.num_expert_layers
-        of_layer = costs.cpu_experts(grid.batch_size[on_cpu] * workload.prompt_len, in_a_layer)
-        seconds[on_cpu] += of_layer * (spec.num_expert_layers - 1)  # the last may have less to do
+        tokens = grid.batch_size[on_cpu] * space.workload.prompt_len
+        of_layer = space.costs.cpu_experts(tokens, _in_a_layer(space, grid)[on_cpu])
+        seconds[on_cpu] = of_layer * (spec.num_expert_layers - 1)  # the last may have less to do
     return seconds
+
+
+def _in_a_layer(space: Space, grid: Grid) -> NDArray[np.float64]:
+    """Experts that are not resident, as a mean over the layers that have experts."""
+    return space.spec.num_experts - grid.resident_total / space.spec.num_expert_layers
 
 
 def score_of(space: Space, policy: Policy) -> float:
