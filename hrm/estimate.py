@@ -178,7 +178,7 @@ class Prospect:
         self._runs: list[StageRun] = []
         for index, share in enumerate(self.shares):
             own_turns = _of_share(turns, index if policy.stage_lengths else None)
-            same = _what_tells_apart(share, own_turns)
+            same = what_tells_apart(share), own_turns
             if same not in known:
                 known[same] = StageRun(share, own_turns, workload, runtime)
             self._runs.append(known[same])
@@ -261,13 +261,13 @@ def _of_share(turns: Sequence[Turn], stage: int | None) -> tuple[Turn, ...]:
     return tuple(Turn(turn.policy.of_stage(stage), turn.times) for turn in turns)
 
 
-def _what_tells_apart(share: Share, turns: tuple[Turn, ...]) -> Hashable:
+def what_tells_apart(share: Share) -> Hashable:
     """Stages for which this is the same take equally long: they may have other layers of the model, but such ones.
 
     Stages on GPUs alike with as large a share of the host have one and the same profile, see `stage_part`.
     """
     spec, profile = share.part
-    return spec.layers, spec.has_embedding, spec.has_head, id(profile), turns
+    return spec.layers, spec.has_embedding, spec.has_head, id(profile), share.policy
 
 
 def _latency(stages: Sequence[StageEstimate], workload: Workload) -> Latency:

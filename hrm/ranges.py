@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar, cast
 
 from hrm.closed_form import Point, batch_seconds
 from hrm.costs import Costs
-from hrm.estimate import estimate
+from hrm.estimate import estimate, what_tells_apart
 from hrm.hardware import Figure, HardwareProfile, Link, MemoryLevel, Processor, Rate, Source
 from hrm.model_spec import ModelSpec
 from hrm.parallel import Share, shares_for
@@ -75,7 +75,8 @@ def _batch_s(spec: ModelSpec, policy: Policy, profile: HardwareProfile, workload
         costs = Costs(*share.part, policy.formats)
         return batch_seconds(costs, Point.of_policy(share.policy, costs.spec), policy.schedule, workload)
 
-    return float(sum(map(max, zip(*map(seconds, shares_for(policy, spec, profile)), strict=True))))
+    unlike = {what_tells_apart(share): share for share in shares_for(policy, spec, profile)}
+    return float(sum(map(max, zip(*map(seconds, unlike.values()), strict=True))))
 
 
 _NAMES: Final = {
