@@ -1,6 +1,6 @@
 """The choice among the best policies of every kind: by simulation, which sees their bubbles."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -134,6 +134,21 @@ class _Choosing:
             return None
         self.simulated[policy] = predicted
         return predicted
+
+
+def simulated_above(space: Space, best_tokens_per_s: float, policies: Iterable[Policy]) -> list[Estimate]:
+    """What policies do that fit and meet the limits, without those that are shown to be slower than the best is.
+
+    The most promising are first, so that the best rules the others out.
+    """
+    found: list[Estimate] = []
+    prospects = [space.prospect(policy) for policy in policies]
+    for prospect in sorted(prospects, key=lambda prospect: -prospect.at_most_tokens_per_s):
+        predicted = prospect.above(best_tokens_per_s * (1 - TIE))
+        if predicted is not None and predicted.memory.fits and space.limits.are_met(predicted.latency):
+            found.append(predicted)
+            best_tokens_per_s = max(best_tokens_per_s, predicted.tokens_per_s)
+    return found
 
 
 def ranked(estimates: list[Estimate]) -> tuple[Estimate, ...]:

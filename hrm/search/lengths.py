@@ -18,7 +18,7 @@ from hrm.latency import NO_LIMITS
 from hrm.memory import plan_memory
 from hrm.parallel import has_experts
 from hrm.policy import Parallelism, Policy, spread_experts
-from hrm.search.choose import TIE, ranked
+from hrm.search.choose import TIE, ranked, simulated_above
 from hrm.search.constraints import allowed_s
 from hrm.search.fit import Ints, host_needed
 from hrm.search.grid import ALL_THAT_FIT, CHUNK, PART, QUARTERS, make_grid
@@ -47,10 +47,7 @@ def search_lengths(space: Space, lengths: Lengths, policies: Iterable[Policy]) -
         of_kind, count = _best_plans(_Tried.of(space, group), lengths)
         plans, evaluations = [*plans, *of_kind], evaluations + count
     plans.sort(key=lambda plan: -plan.tokens_per_s)
-    simulated: list[Estimate] = []
-    for plan in plans[:SIMULATED]:
-        if plan.tokens_per_s > _rate(simulated) * (1 + TIE):
-            simulated += _simulated(space, [plan.policy], _rate(simulated))
+    simulated = simulated_above(space, 0.0, [plan.policy for plan in plans[:SIMULATED]])
     greatest = max((plan.tokens_per_s for plan in plans), default=0.0)
     simulated += _polished(space, simulated, greatest)
     return Found(
@@ -303,15 +300,6 @@ def _moved(lengths: Lengths, index: int, step: int) -> Iterator[Lengths]:
 # ----------------------------------------------------------------------------------- simulated
 
 
-def _simulated(space: Space, policies: Iterable[Policy], best: float) -> list[Estimate]:
-    """What policies do, those left out that are shown to be slower than the best, or that miss the limits."""
-    found: list[Estimate] = []
-    for policy in policies:
-        if predicted := space.allowed_above(max(best, _rate(found)) * (1 - TIE), policy):
-            found.append(predicted)
-    return found
-
-
 def _polished(space: Space, simulated: Sequence[Estimate], greatest_tokens_per_s: float) -> list[Estimate]:
     """Plans better than the best, if there are any near by: with a layer less in its slowest stage.
 
@@ -329,7 +317,7 @@ def _polished(space: Space, simulated: Sequence[Estimate], greatest_tokens_per_s
             places = places_near(different_stages(same.space, lengths)[0], best.policy)
             policies += _Tried(same.stages, same.kind, places).above(lengths, enough)
         known = {predicted.policy for predicted in (*simulated, *found)}
-        better = _simulated(space, [policy for policy in policies if policy not in known], best.tokens_per_s)
+        better = simulated_above(space, best.tokens_per_s, [policy for policy in policies if policy not in known])
         found += better
         if _rate(better) <= enough:
             break

@@ -12,7 +12,7 @@ from hrm.contract.rings import WEIGHT_SLOTS
 from hrm.estimate import Estimate
 from hrm.memory import plan_memory
 from hrm.policy import Policy, in_whole_layers, spread_experts
-from hrm.search.choose import TIE, ranked
+from hrm.search.choose import TIE, ranked, simulated_above
 from hrm.search.fit import Ints
 from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
 from hrm.search.lattice import LEAST_CHUNK_TOKENS, ChunkRange, levelled, limits, rounded
@@ -41,26 +41,20 @@ def polished(space: Space, found: Found) -> tuple[Estimate, ...]:
     a policy that is called optimal may lie below the closed form, than what it does: the most promising first, as
     those that cannot be better than the best are not simulated. What was slower once is not tried again.
     """
-    ranking = new = found.ranked
+    ranking: Sequence[Estimate] = found.ranked
+    new = ranking
     tried = {*found.slower, *(predicted.policy for predicted in ranking)}
     for _ in range(ROUNDS if ranking else 0):
-        first = best = ranking[0].tokens_per_s
+        best = ranking[0].tokens_per_s
         # The greatest closed form is of residents in all layers alike.
         waits = best < found.greatest_tokens_per_s * (1 - OPTIMAL_GAP) or not _is_even(space, ranking[0].policy)
         enough = max(best if waits else found.greatest_tokens_per_s, space.known_tokens_per_s) * (1 + TIE)
         near = chain.from_iterable(_near(space, centre, enough) for centre in _best_by_cache(ranking))
-        better: list[Estimate] = []
         untried = dict.fromkeys(policy for policy in (*_in_layers(space, new, best), *near) if policy not in tried)
         tried.update(untried)
-        prospects = [space.prospect(policy) for policy in untried]
-        for prospect in sorted(prospects, key=lambda prospect: -prospect.at_most_tokens_per_s):
-            predicted = prospect.above(best * (1 - TIE))
-            if predicted is not None and predicted.memory.fits and space.limits.are_met(predicted.latency):
-                better.append(predicted)
-                best = max(best, predicted.tokens_per_s)
-        new = tuple(better)
+        new = simulated_above(space, best, untried)
         ranking = ranked([*ranking, *new])
-        if best <= first * (1 + TIE):
+        if max((predicted.tokens_per_s for predicted in new), default=0.0) <= best * (1 + TIE):
             break
     return ranking
 
