@@ -47,7 +47,10 @@ def search_lengths(space: Space, lengths: Lengths, policies: Iterable[Policy]) -
         of_kind, count = _best_plans(_Tried.of(space, group), lengths)
         plans, evaluations = [*plans, *of_kind], evaluations + count
     plans.sort(key=lambda plan: -plan.tokens_per_s)
-    simulated = simulated_above(space, 0.0, [plan.policy for plan in plans[:SIMULATED]])
+    simulated: list[Estimate] = []
+    for plan in plans[:SIMULATED]:
+        if plan.tokens_per_s > _rate(simulated) * (1 + TIE):
+            simulated += simulated_above(space, _rate(simulated), [plan.policy])
     greatest = max((plan.tokens_per_s for plan in plans), default=0.0)
     simulated += _polished(space, simulated, greatest)
     return Found(
