@@ -38,7 +38,8 @@ class StageRun:
         self.costs = costs = Costs(share.part.spec, share.part.profile, share.policy.formats, runtime)
         self.prefill_works = [prefill_phase(costs, turn.policy, workload) for turn in turns]
         self.steps = [decode_steps(costs, turn.policy, workload) for turn in turns]
-        in_prefill, in_decode = (_is_exact(share, phase) for phase in (Phase.PREFILL, Phase.DECODE))
+        # Of the CPU's experts the closed form knows means over layers, which may seem to take longer than all of them.
+        in_prefill, in_decode = (share.policy.ffn_in(phase) is Device.GPU for phase in (Phase.PREFILL, Phase.DECODE))
         least_s = (costs.prefills_in_turn * work.least_s(exact=in_prefill) for work in self.prefill_works)
         self.prefill_s = self._in_all(least_s)
         least_s = (sum(alike.steps * alike.work.least_s(exact=in_decode) for alike in steps) for steps in self.steps)
@@ -93,13 +94,3 @@ def _decode(costs: Costs, policy: Policy, workload: Workload, steps: Sequence[St
     # A model of one layer is not yet in its steady state when the steps are taken, and long ones are shortened.
     seconds = sum(step.steps * max(step.work.bound_s, s) for step, s in zip(steps, simulated_s, strict=True))
     return PhaseEstimate(seconds=seconds, work=PhaseWork.total((step.steps, step.work) for step in steps))
-
-
-def _is_exact(share: Share, phase: Phase) -> bool:
-    """Whether the closed form sums up what tasks take: of the CPU's experts it knows means over layers only."""
-    counts = {
-        count
-        for count, layer in zip(share.policy.resident_experts, share.part.spec.layers, strict=True)
-        if layer.has_experts
-    }
-    return share.policy.ffn_in(phase) is Device.GPU or max(counts) - min(counts) <= 1

@@ -11,7 +11,7 @@ import pytest
 from hrm.closed_form import DecodeStep, Point, batch_seconds, phases_of_batches, prefill_terms, whole_prefill
 from hrm.costs import ALONE, Costs
 from hrm.errors import PolicyError
-from hrm.estimate import estimate
+from hrm.estimate import Prospect, estimate
 from hrm.formats import Formats
 from hrm.hardware import Figure, HardwareProfile, LaneThreads, Source
 from hrm.layers import ExpertDivision
@@ -491,6 +491,27 @@ def test_no_phase_is_quicker_than_its_lanes_though_long_ones_are_shortened():
                 assert phase.seconds >= phase.bound_s * (1 - 1e-12)
                 checked += 1
     assert checked > 40
+
+
+@pytest.mark.parametrize("schedule", ScheduleName)
+def test_no_job_is_faster_than_its_prospect(schedule):
+    """By the closed form, before any task is simulated; where lanes contend for the host's memory it is closer."""
+    ratios, of_bounds = list[float](), list[float]()
+    for seed in range(40):
+        rng = Random(500 + seed)
+        spec = random_varied_spec(rng) if seed % 2 else random_spec(rng)
+        prospect = Prospect(spec, random_policy(rng, spec, schedule), random_machine(rng), WORKLOAD)
+        at_most = prospect.at_most_tokens_per_s
+        predicted = prospect.above(0.0)
+        assert predicted is not None
+        assert predicted.tokens_per_s <= at_most * (1 + ROUNDING), seed
+        assert prospect.at_most_tokens_per_s == pytest.approx(predicted.tokens_per_s), "all of it has been simulated"
+        assert at_most <= predicted.bound_tokens_per_s * (1 + ROUNDING)
+        if predicted.prefill.work.contends and predicted.decode.work.contends:
+            ratios.append(at_most / predicted.tokens_per_s)
+            of_bounds.append(predicted.bound_tokens_per_s / predicted.tokens_per_s)
+    assert len(ratios) >= 5
+    assert sum(ratios) < sum(of_bounds)
 
 
 def test_a_policy_is_given_up_only_if_it_is_slower_than_asked():

@@ -14,6 +14,7 @@ from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.formats import FORMATS
 from hrm.hardware import Figure, HardwareProfile, LaneThreads, Source
+from hrm.layers import ExpertDivision
 from hrm.machines import compose, with_memory
 from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
@@ -21,10 +22,11 @@ from hrm.parallel import tensor_parallel_obstacle
 from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.search import Outcome, Space, lattice, search, solver_named
 from hrm.search.choose import TIE
+from hrm.search.exhaustive import Exhaustive
 from hrm.search.grid import ALL_THAT_FIT, CHUNK, make_grid
 from hrm.search.lattice import chunk_ranges, places_of
 from hrm.search.longest import with_longest_chunks
-from hrm.search.polish import places_near
+from hrm.search.polish import places_near, polished
 from hrm.search.space import Kind, KvPlace
 from hrm.search.ways import space_of_part
 from hrm.tasks import Device
@@ -508,3 +510,17 @@ def test_no_policy_exceeds_the_bound_where_lanes_share_cores(solver, task_s):
     found = search(Space(tiny_spec(), replace(profile, levels=levels), workload), solver_named(solver))
     assert found.best is not None
     assert found.best.tokens_per_s <= found.bound_tokens_per_s * (1 + 1e-9)
+
+
+def test_nothing_is_tried_twice_around_the_best(monkeypatch):
+    """What was slower than the best of a round is so in the next, whose best is no worse."""
+    whole = Space(BUILT_IN_MODELS["dbrx"], compose("8xH100"), WORKLOADS["mtbench"])
+    space = space_of_part(whole, Parallelism.TENSOR, ExpertDivision.WHOLE)
+    assert space is not None
+    found, tried, prospect = Exhaustive().find(space), list[Policy](), Space.prospect
+    monkeypatch.setattr(Space, "prospect", lambda self, policy: tried.append(policy) or prospect(self, policy))
+    best = polished(space, found)[0]
+    assert best.tokens_per_s > 1.01 * found.tokens_per_s, "it took several rounds"
+    assert best.policy in tried
+    assert len(tried) == len({*tried})
+    assert not {*tried} & {*found.slower, *(predicted.policy for predicted in found.ranked)}
