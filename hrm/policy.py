@@ -368,10 +368,9 @@ def _evenly(total: int, parts: int) -> Iterator[int]:
 def kv_tokens_for(micro_batch_size: N, mean_context_len: float, max_context_len: int) -> N:
     """KV cache tokens that a micro-batch needs, in whole blocks.
 
-    Room for one request of the greatest length and `micro_batch_size` - 1 of mean length, each with
-    half a block lost to rounding, or a whole one if all are about as long. The greatest is beyond
-    the mean by as much as balancing may leave between micro-batches, so that no few requests are
-    left over for a batch of their own, which takes as many steps as a full one.
+    Room for one request of the greatest length and `micro_batch_size` - 1 of mean length, each with half a block lost
+    to rounding, or a whole one if all are about as long. The greatest is beyond the mean by as much as balancing may
+    leave between micro-batches, so that no few are left over for a batch of their own, which takes as many steps.
     """
     longest = _in_blocks(max_context_len)
     nearly_equal = longest - mean_context_len < KV_BLOCK_TOKENS
