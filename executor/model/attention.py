@@ -6,7 +6,7 @@ a cache holds its keys and then its values, (2, G, d).
 """
 
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,15 @@ def _trial(dtype: torch.dtype) -> Trial:
 PREFILL_ATTENTION: Final = Work("attention in prefill", CONTEXTS_TRIED, _trial)
 
 
+class _Prompts(NamedTuple):
+    """Prompts one after the other, and their outputs."""
+
+    qkv_TX: Tensor  # noqa: N815
+    lengths: Sequence[int]
+    caches_C2Gd: Sequence[Tensor | None]  # noqa: N815
+    out_TQ: Tensor  # noqa: N815
+
+
 def prefill_attention(
     block: GroupedQueryAttention,
     qkv_TX: Tensor,
@@ -66,23 +75,16 @@ def prefill_attention(
         count, memory = _side_by_side(lengths[number:], caches_C2Gd[number:])
         some = slice(number, number + count)
         rows = slice(start, start + sum(lengths[some]))
-        prompts = qkv_TX[rows], lengths[some], caches_C2Gd[some], out_TQ[rows]
-        if memory is None or not _attended_natively(*prompts, memory, softmax):
-            _attend_one_by_one(block, *prompts, workspace, softmax)
+        prompts = _Prompts(qkv_TX[rows], lengths[some], caches_C2Gd[some], out_TQ[rows])
+        if memory is None or not _attended_natively(prompts, memory, softmax):
+            _attend_one_by_one(block, prompts, workspace, softmax)
         start, number = rows.stop, some.stop
     assert start == qkv_TX.shape[0], (start, qkv_TX.shape)
 
 
-def _attend_one_by_one(
-    block: GroupedQueryAttention,
-    qkv_TX: Tensor,
-    lengths: Sequence[int],
-    caches_C2Gd: Sequence[Tensor | None],
-    out_TQ: Tensor,
-    workspace: Workspace,
-    softmax: Softmax,
-) -> None:
+def _attend_one_by_one(block: GroupedQueryAttention, prompts: _Prompts, workspace: Workspace, softmax: Softmax) -> None:
     """The same as torch does it, prompt by prompt."""
+    qkv_TX, lengths, caches_C2Gd, out_TQ = prompts
     heads, kv_heads = block.num_heads, block.num_kv_heads
     sizes = (heads, kv_heads, kv_heads)
     out_THd = out_TQ.view(-1, heads, block.head_dim)
@@ -138,15 +140,9 @@ def _side_by_side(lengths: Sequence[int], caches_C2Gd: Sequence[Tensor | None]) 
     return count, first.as_strided(shape, first.stride(), offset)
 
 
-def _attended_natively(
-    qkv_TX: Tensor,
-    lengths: Sequence[int],
-    caches_C2Gd: Sequence[Tensor | None],
-    out_TQ: Tensor,
-    memory_C2Gd: Tensor,
-    softmax: Softmax,
-) -> bool:
+def _attended_natively(prompts: _Prompts, memory_C2Gd: Tensor, softmax: Softmax) -> bool:
     """Causal attention of the last tokens of caches in that memory, if the native kernel takes it; else False."""
+    qkv_TX, lengths, caches_C2Gd, out_TQ = prompts
     native = kernels()
     if native is None or not native.takes_attention(qkv_TX, memory_C2Gd, out_TQ):
         return False
