@@ -14,10 +14,10 @@ are written out as bfloat16 for tiles. Tiles of eight bits are not used, as acti
 It was tested with the instructions of tiles done in software; no processor with AMX has timed it yet.
 
 Matrices may be packed: weights are multiplied as they are stored. With a few tokens, at most 8, it is their codes
-that are multiplied, and the sums of codes that share a scale with it; with more, weights are first written
-out, as bfloat16 if the tokens are and the path has dot products or, of more than 8 tokens, tiles of them, else as
-float32. So a result may differ in its roundings with how many tokens there are. Before it is rounded itself, it is that of the
-weights that are meant in float32 to within 1e-6 of the sum of what is added, as magnitudes, or 2^-8 where
+that are multiplied, and the sums of codes that share a scale with it; with more, weights are first written out, as
+bfloat16 if the tokens are and the path has dot products or, of more than 8 tokens, tiles of them, else as float32.
+So a result may differ in its roundings with how many tokens there are. Before it is rounded itself, it is that of
+the weights that are meant in float32 to within 1e-6 of the sum of what is added, as magnitudes, or 2^-8 where
 weights are rounded to bfloat16. Codes or scales that are not finite make results of their rows that are not.
 
 T tokens, D hidden, I intermediate, K experts per token; W width and N rows of any other matrix.
