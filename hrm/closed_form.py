@@ -20,7 +20,7 @@ from hrm.numeric import Number, is_zero, maximum, minimum, where
 from hrm.placement import Place, Placement, caches_at
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import SCHEDULES, StepWork
-from hrm.schedules.orders import LOOKAHEAD
+from hrm.schedules.orders import lookahead
 from hrm.tasks import Act, Device, Lane, Phase
 from hrm.workload import Workload
 
@@ -45,6 +45,7 @@ class Point:
 
     batch_size: Number
     num_micro_batches: Number
+    lookahead: Number
     num_weight_pages: Number
     gpu_attention: Number
     gpu_ffn: Number
@@ -80,6 +81,7 @@ class Point:
         return Point(
             batch_size=policy.batch_size,
             num_micro_batches=policy.num_micro_batches,
+            lookahead=lookahead(policy.num_micro_batches),
             num_weight_pages=policy.num_weight_pages,
             gpu_attention=int(policy.attention is Device.GPU),
             gpu_ffn=int(policy.ffn is Device.GPU),
@@ -141,6 +143,7 @@ class DecodeStep:
 
     costs: Costs
     schedule: ScheduleName
+    lookahead: Number
     counts: Counts
     load: Load
     fixed: LaneWork
@@ -174,13 +177,15 @@ class DecodeStep:
             page_bytes=point.streamed_bytes(spec, costs.formats.weights, Phase.DECODE) / pages,
         )
         fixed = LaneWork.of((act for act in ACTS[Phase.DECODE] if not act.attends), counts, load)
-        return DecodeStep(costs=costs, schedule=schedule, counts=counts, load=load, fixed=fixed)
+        return DecodeStep(
+            costs=costs, schedule=schedule, lookahead=point.lookahead, counts=counts, load=load, fixed=fixed
+        )
 
     def seconds(self, context: Number) -> PhaseSeconds:
         """Seconds of the step over a mean context."""
         attending = (act for act in ACTS[Phase.DECODE] if act.attends)
         work = self.fixed + LaneWork.of(attending, self.counts, self.load._replace(context=context))
-        in_flight = minimum(self.counts.pieces, LOOKAHEAD + (work.seconds.get(decode.CPU_EXPERTS, 0.0) > 0))
+        in_flight = minimum(self.counts.pieces, self.lookahead + (work.seconds.get(decode.CPU_EXPERTS, 0.0) > 0))
         return work.in_all(self.costs, in_flight)
 
     def terms(self, context: Number) -> tuple[Number, ...]:
@@ -200,6 +205,7 @@ class DecodeStep:
             cpu_attention_s=acts.get(decode.CPU_ATTENTION, 0.0),
             exchange_s=acts.get(decode.OFFLOAD_QKV, 0.0) + acts.get(decode.LOAD_HIDDEN, 0.0),
             num_micro_batches=self.counts.pieces,
+            lookahead=self.lookahead,
             cpu_attention=self.counts.cpu_attention,
             streams_kv=self.counts.streams_kv,
         )

@@ -3,10 +3,10 @@
 from typing import Final, NamedTuple
 
 from hrm.numeric import Number, maximum, minimum, where
-from hrm.schedules.orders import LOOKAHEAD
 
 Terms = tuple[Number, ...]
 _HALF: Final = 0.5
+_TWO: Final = 2
 _NEXT_TO_NOTHING: Final = 1e-9
 
 
@@ -15,7 +15,7 @@ class StepWork(NamedTuple):
 
     `weights_s` is the part of the H2D lane that moves weights, `attention_s` and `cpu_attention_s` those of the GPU and
     the CPU which are attention, and `exchange_s` is what moves to and from that on the CPU. `cpu_attention` and
-    `streams_kv` are shares of the micro-batches.
+    `streams_kv` are shares of the micro-batches, whose attention is launched `lookahead` of them ahead.
     """
 
     gpu_s: Number
@@ -27,6 +27,7 @@ class StepWork(NamedTuple):
     cpu_attention_s: Number
     exchange_s: Number
     num_micro_batches: Number
+    lookahead: Number
     cpu_attention: Number
     streams_kv: Number
 
@@ -34,24 +35,25 @@ class StepWork(NamedTuple):
 def cgopipe(step: StepWork) -> Terms:
     """CGOPipe overlaps all lanes, as far as micro-batches in flight allow.
 
-    The GPU begins a layer of a micro-batch when it has ended that of the one two before. So where one cache of three in
-    a row is on the GPU, that of the middle one, the CPU waits for the GPU to end what the first and to begin what the
-    last has to do. Where the GPU has half of the caches or more, no two in a row go to the CPU, and while one is away
-    the GPU has nothing else to do than to end the layer of the one before and to begin that of the one after, with
-    attention if that is on the GPU.
+    With a lookahead of two, to which alone these terms apply, the GPU begins a layer of a micro-batch when it has ended
+    that of the one two before. So where one cache of three in a row is on the GPU, that of the middle one, the CPU
+    waits for the GPU to end what the first and to begin what the last has to do. Where the GPU has half of the caches
+    or more, no two in a row go to the CPU, and while one is away the GPU has nothing else to do than to end the layer
+    of the one before and to begin that of the one after, with attention if that is on the GPU.
     """
     share = step.cpu_attention
     between_s = (1 - share) * (step.gpu_s - step.attention_s)
     moved_s = minimum((1 - share) / maximum(share, _NEXT_TO_NOTHING), 1) * step.exchange_s
-    in_turn_s = step.cpu_attention_s + moved_s + between_s
+    in_turn_s = (step.lookahead <= _TWO) * (step.cpu_attention_s + moved_s + between_s)
     others = minimum(share, _HALF)
-    return (in_turn_s, (share <= _HALF) * (in_turn_s + (1 - 2 * others) / (1 - others) * step.attention_s))
+    beside_s = (step.lookahead <= _TWO) * (1 - 2 * others) / (1 - others) * step.attention_s
+    return (in_turn_s, (share <= _HALF) * (in_turn_s + beside_s))
 
 
 def fastdecode(step: StepWork) -> Terms:
     """A layer's weights move whole, ahead of the hidden states of its micro-batches from the second on."""
     n = step.num_micro_batches
-    behind = maximum(n * step.cpu_attention - LOOKAHEAD, 0) / n
+    behind = maximum(n * step.cpu_attention - step.lookahead, 0) / n
     return (step.weights_s + behind * step.gpu_s,)
 
 

@@ -4,12 +4,25 @@ Decode orders follow MoE-Lightning's Fig. 6 and Algorithm 1 (arXiv 2411.11217, Â
 """
 
 from collections.abc import Iterator
+from typing import Final
 
 from hrm.acts import prefill as acts
+from hrm.numeric import N
 from hrm.schedules.pipeline import Pipeline
 from hrm.tasks import TaskId
 
-LOOKAHEAD = 2  # micro-batches that CPU attention is launched ahead (Algorithm 1)
+_LOOKAHEAD: Final = 2  # micro-batches that CPU attention is launched ahead (Algorithm 1)
+_OF_MANY: Final = 32  # micro-batches, of which twice as many are launched ahead
+
+
+def lookahead(num_micro_batches: N) -> N:
+    """How many micro-batches CGOPipe launches attention ahead, of one policy or of a grid of them.
+
+    The paper has two. With more of them no lane waits where attention takes as long as the GPU does for several, or
+    where tasks take longer at times; but the next layer's projections have to be there so much earlier, which costs
+    next to nothing among many micro-batches only.
+    """
+    return _LOOKAHEAD * (1 + 1 * (num_micro_batches >= _OF_MANY))
 
 
 def prefill(p: Pipeline) -> Iterator[TaskId]:
@@ -51,7 +64,7 @@ def cgopipe(p: Pipeline) -> Iterator[TaskId]:
     total = p.num_steps * layers * n
     # A result from the CPU's experts is fetched one micro-batch later, behind the next hidden load.
     lag = 1 if any(p.cpu_experts) and n > 1 else 0
-    lookahead = min(LOOKAHEAD, n - lag)
+    ahead = min(lookahead(n), n - lag)
 
     def enter(position: int) -> Iterator[TaskId]:
         if position < total:
@@ -66,9 +79,9 @@ def cgopipe(p: Pipeline) -> Iterator[TaskId]:
             t, i, j = position // (layers * n), position // n % layers, position % n
             yield from p.finish_layer(t, i, j)
 
-    pages = [p.page_slice(j, lookahead=lookahead) if p.num_pages > 1 else (0, int(j == 0)) for j in range(n)]
+    pages = [p.page_slice(j, lookahead=ahead) if p.num_pages > 1 else (0, int(j == 0)) for j in range(n)]
     yield from p.load_pages((0, 0))
-    for position in range(lookahead):
+    for position in range(ahead):
         yield from enter(position)
     for position in range(total + lag):
         if position < total:
@@ -78,7 +91,7 @@ def cgopipe(p: Pipeline) -> Iterator[TaskId]:
             yield from p.after_attention(t, i, j)
         yield from leave(position - lag)
         if position < total:
-            yield from enter(position + lookahead)
+            yield from enter(position + ahead)
 
 
 def flexgen(p: Pipeline) -> Iterator[TaskId]:

@@ -31,7 +31,7 @@ from hrm.layers import Layer
 from hrm.numeric import Number
 from hrm.policy import ScheduleName
 from hrm.schedules import SCHEDULES
-from hrm.schedules.orders import LOOKAHEAD
+from hrm.schedules.orders import lookahead
 from hrm.search.regions import CHUNK, KV, NUMBER, RESIDENT, SIZE, Floats, Regions
 from hrm.search.result import OPTIMAL_GAP
 from hrm.search.room import Room
@@ -46,7 +46,6 @@ ROUND: Final = 2048  # regions that are halved at once
 AT_ONCE: Final = 512  # that are looked at in one go, at least, if there is enough to halve
 PROGRESS: Final = 0.9  # of the excess over what is known is left at most, if it pays to look at twice as many regions
 CLOSE: Final = 2e-3  # a region that is better by no more is not halved
-_IN_FLIGHT: Final = LOOKAHEAD + 1  # micro-batches, at most
 _NEARLY: Final = 1 - 1e-9  # all of the last layer: it may be that none of it is
 _ALONE: Final = CHAIN + 2  # that of a lone micro-batch where experts stream in parts, after one more of these
 # The schedules whose every term is cheapest at the best corner; of others only the lanes are taken.
@@ -230,7 +229,8 @@ class Bounder:
         number = batch / size
         prefill, decode = self._phase_terms(regions, size, number, least_chunks=least_chunks)
         # Of a chain of tasks, as many are under way as there are micro-batches, up to a few.
-        under_way = np.minimum(number, _IN_FLIGHT) / np.minimum(regions.high[NUMBER], _IN_FLIGHT)
+        most = lookahead(regions.high[NUMBER]) + 1
+        under_way = np.minimum(number, most) / np.minimum(regions.high[NUMBER], most)
         decode[1][CHAIN] *= np.minimum(under_way, 1.0)
         return [(weights, terms / batch) for weights, terms in (prefill, decode)]
 
@@ -278,6 +278,7 @@ class Bounder:
         point = Point(
             batch_size=every(size * number),
             num_micro_batches=every(number),
+            lookahead=every(lookahead(regions.high[NUMBER])),
             num_weight_pages=every(number),
             gpu_attention=every(regions.gpu_attention),
             gpu_ffn=ffn,

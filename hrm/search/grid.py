@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from hrm.closed_form import Point
 from hrm.layers import ExpertDivision
 from hrm.policy import Policy, kv_tokens_for, prefix_tokens_for, spread_experts
+from hrm.schedules.orders import lookahead
 from hrm.search.fit import Ints, fits_memory, gpu_room, most_residents
 from hrm.search.space import Kind, Space
 from hrm.tasks import Device
@@ -91,6 +92,7 @@ class Grid:
         return Point(
             batch_size=self.batch_size.astype(float),
             num_micro_batches=self.num_micro_batches.astype(float),
+            lookahead=lookahead(self.num_micro_batches),
             num_weight_pages=self.num_micro_batches.astype(float),
             gpu_attention=self.kind.gpu_attention,
             gpu_ffn=self.kind.gpu_ffn,

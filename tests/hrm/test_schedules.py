@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from hrm.acts import NAMES
+from hrm.acts import NAMES, decode
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import SCHEDULES, Pipeline, decode_pipeline, graph, iter_tasks, prefill_pipeline
+from hrm.simulate import simulate
 from hrm.tasks import Device, Lane, Phase, Task, TaskGraph, TaskId
 from tests.contracts.tasks import act
 from tests.hrm.support import tiny_spec
@@ -97,10 +98,11 @@ def test_lanes_are_as_in_the_golden_file(name):
 # -- CGOPipe is Algorithm 1 -------------------------------------------------------------------
 
 
-def algorithm_1(layers: int, n: int) -> Iterator[tuple[str, int, int]]:
+def algorithm_1(layers: int, n: int, ahead: int) -> Iterator[tuple[str, int, int]]:
     """One decode step of MoE-Lightning (arXiv 2411.11217, Algorithm 1), counted from 1 as there.
 
-    W(i, j) -> pinned is S, pinned -> GPU is W. Past the last layer there is nothing to do.
+    W(i, j) -> pinned is S, pinned -> GPU is W. Past the last layer there is nothing to do. The paper has two
+    micro-batches `ahead`.
     """
 
     def pre(i: int, j: int) -> Iterator[tuple[str, int, int]]:
@@ -110,19 +112,20 @@ def algorithm_1(layers: int, n: int) -> Iterator[tuple[str, int, int]]:
         if i + 1 <= layers:
             yield "S", i + 1, j
 
-    yield from (*pre(1, 1), *pre(1, 2))
+    for j in range(1, ahead + 1):
+        yield from pre(1, j)
     for i in range(1, layers + 1):
         for j in range(1, n + 1):
             yield "H", i, j
             if i + 1 <= layers:
                 yield "W", i + 1, j
             yield "C", i, j
-            yield from pre(i, j + 2)
+            yield from pre(i, j + ahead)
 
 
-@pytest.mark.parametrize(("layers", "n"), [(1, 2), (2, 2), (2, 3), (4, 3), (3, 5), (5, 8)])
-def test_cgopipe_issues_the_tasks_of_algorithm_1_in_its_order(layers, n):
-    pipeline = Pipeline(
+def on_the_cpu(layers: int, n: int) -> Pipeline:
+    """All weights streamed in as many pages as there are micro-batches, all of which attend on the CPU."""
+    return Pipeline(
         num_layers=layers,
         num_micro_batches=n,
         kv_on_gpu=(False,) * n,
@@ -130,6 +133,14 @@ def test_cgopipe_issues_the_tasks_of_algorithm_1_in_its_order(layers, n):
         cpu_experts=(False,) * layers,
         staging=True,
     ).with_pages(n)
+
+
+@pytest.mark.parametrize(
+    ("layers", "n", "ahead"),
+    [(1, 2, 2), (2, 2, 2), (2, 3, 2), (4, 3, 2), (3, 5, 2), (5, 8, 2), (3, 31, 2), (3, 32, 4), (2, 65, 4)],
+)
+def test_cgopipe_issues_the_tasks_of_algorithm_1_in_its_order(layers, n, ahead):
+    pipeline = on_the_cpu(layers, n)
     lane_of = {
         "A": Lane.GPU,
         "C": Lane.GPU,
@@ -140,7 +151,7 @@ def test_cgopipe_issues_the_tasks_of_algorithm_1_in_its_order(layers, n):
         "S": Lane.STAGE,
     }
     expected: dict[Lane, list[str]] = {lane: [] for lane in Lane}
-    for letter, i, j in algorithm_1(layers, n):
+    for letter, i, j in algorithm_1(layers, n, ahead):
         expected[lane_of[letter]].append(f"{letter}{i - 1}.{j - 1}")
     first_layer = {f"{letter}0.{page}" for letter in "SW" for page in range(n)}
     for lane in Lane:
@@ -148,6 +159,19 @@ def test_cgopipe_issues_the_tasks_of_algorithm_1_in_its_order(layers, n):
         # The paper leaves out embedding, sampling and how the first layer's weights get there.
         ours = [x for x in issued if x[0] not in "EL" and x not in first_layer]
         assert ours == expected[lane], lane
+
+
+def test_among_many_micro_batches_no_lane_waits_where_two_ahead_would_be_too_few():
+    """A micro-batch's way to the CPU's attention and back takes three times what the GPU does for it in a layer."""
+    took_s = dict.fromkeys((decode.OFFLOAD_QKV, decode.CPU_ATTENTION, decode.LOAD_HIDDEN), 1.0)
+    took_s |= dict.fromkeys((decode.PRE_ATTENTION, decode.POST_ATTENTION), 0.5)
+
+    def of_a_micro_batch(n: int) -> float:
+        tasks = graph(replace(on_the_cpu(12, n), staging=False), ScheduleName.CGOPIPE).tasks
+        return simulate(tasks, lambda task: took_s.get(task.act, 0.0)).makespan_s / (12 * n)
+
+    assert of_a_micro_batch(31) == pytest.approx(4 / 2, rel=0.02)
+    assert of_a_micro_batch(32) == pytest.approx(1.0, rel=0.02)
 
 
 # -- what holds for all -----------------------------------------------------------------------
