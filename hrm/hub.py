@@ -9,7 +9,6 @@ import errno
 import re
 import time
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
@@ -141,6 +140,8 @@ def _interruptible(work: Callable[[], T], stop: Event, *, within_s: float = inf)
 
     By itself the Hub's library would end all files under way first.
     """
+    from concurrent.futures import Future, wait  # which loads logging, too: most models need no Hub
+
     ends_s = time.monotonic() + within_s
     done: Future[T] = Future()
 

@@ -74,32 +74,57 @@ def upper_bound(space: Space, known_tokens_per_s: float = 0.0, most_regions: int
 
     No more than about so many regions are looked at.
     """
-    bounder = Bounder(space)
-    regions = bounder.everything()
-    enough = known_tokens_per_s * (1 + CLOSE)
-    regions, ceilings = bounder.bounded(regions)
-    looked_at, settled, kinds = len(ceilings), 0.0, frozenset[Kind]()
-    highest: list[tuple[int, float]] = []  # ceiling when so many had been looked at
-    while len(ceilings):
-        small = (ceilings <= enough) | bounder.cannot_halve(regions)
-        settled = max(settled, float(ceilings[small].max(initial=0.0)))
+    return Bounding(space).go_on(known_tokens_per_s, most_regions)
+
+
+class Bounding:
+    """A bound that can be asked for again when more is known: it goes on with the regions that were left."""
+
+    def __init__(self, space: Space) -> None:
+        self._bounder = Bounder(space)
+        self._known_tokens_per_s = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._regions, self._ceilings = self._bounder.bounded(self._bounder.everything())
+        self._looked_at, self._settled, self._kinds = len(self._ceilings), 0.0, frozenset[Kind]()
+
+    def go_on(self, known_tokens_per_s: float = 0.0, most_regions: int = LARGEST_BUDGET) -> Bound:
+        """The bound as `upper_bound` has it, with what was looked at before among the regions."""
+        if known_tokens_per_s < self._known_tokens_per_s:  # what was settled may be of interest again
+            self._begin()
+        self._known_tokens_per_s = known_tokens_per_s
+        enough = known_tokens_per_s * (1 + CLOSE)
+        highest: list[tuple[int, float]] = []  # ceiling when so many had been looked at
+        while len(self._ceilings):
+            self._settle(enough)
+            if not len(self._ceilings) or self._looked_at >= most_regions:
+                break
+            highest.append((self._looked_at, float(self._ceilings.max())))
+            if self._looked_at >= BUDGET and _is_enough(highest, known_tokens_per_s):
+                break
+            self._divide()
+        kinds = self._kinds | self._bounder.kinds_in(self._regions)
+        return Bound(max(self._settled, float(self._ceilings.max(initial=0.0))), self._looked_at, kinds)
+
+    def _settle(self, enough: float) -> None:
+        """Put aside what is not looked into."""
+        regions, ceilings = self._regions, self._ceilings
+        small = (ceilings <= enough) | self._bounder.cannot_halve(regions)
+        self._settled = max(self._settled, float(ceilings[small].max(initial=0.0)))
         if (above := small & (ceilings > enough)).any():
-            kinds |= bounder.kinds_in(regions.take(above))
-        regions, ceilings = regions.take(~small), ceilings[~small]
-        if not len(ceilings) or looked_at >= most_regions:
-            break
-        highest.append((looked_at, float(ceilings.max())))
-        if looked_at >= BUDGET and _is_enough(highest, known_tokens_per_s):
-            break
-        order = np.argsort(-ceilings, kind="stable")
+            self._kinds |= self._bounder.kinds_in(regions.take(above))
+        self._regions, self._ceilings = regions.take(~small), ceilings[~small]
+
+    def _divide(self) -> None:
+        """Halve those with the highest ceilings."""
+        order = np.argsort(-self._ceilings, kind="stable")
         first, rest = order[:ROUND], order[ROUND:]
-        halves = bounder.divided(regions.take(first))
-        looked_at += len(halves)
-        halves, of_halves = bounder.bounded(halves)
-        regions = regions.take(rest).and_also(halves)
-        ceilings = np.concatenate([ceilings[rest], of_halves])
-    kinds |= bounder.kinds_in(regions)
-    return Bound(max(settled, float(ceilings.max(initial=0.0))), looked_at, kinds)
+        halves = self._bounder.divided(self._regions.take(first))
+        self._looked_at += len(halves)
+        halves, of_halves = self._bounder.bounded(halves)
+        self._regions = self._regions.take(rest).and_also(halves)
+        self._ceilings = np.concatenate([self._ceilings[rest], of_halves])
 
 
 def _is_enough(highest: Sequence[tuple[int, float]], known_tokens_per_s: float) -> bool:

@@ -71,7 +71,7 @@ class _Choosing:
         self.unsolved = list(kinds)
         self.waiting: list[tuple[int, Candidate]] = []  # with their rank in their kind
         self.simulated: dict[Policy, Estimate] = {}
-        self.slower: list[tuple[int, Candidate]] = []  # than the best was, by their decode alone
+        self.slower: list[tuple[int, Candidate]] = []  # than the best that is known, by their decode alone
         self.missed: list[tuple[float, float]] = []  # limits on waiting times, by these factors
         self.greatest = 0.0
 
@@ -93,7 +93,7 @@ class _Choosing:
             ):
                 self._solve(kind, best)
             elif first is not None:
-                predicted = self._simulate(first, fastest * (1 - TIE))
+                predicted = self._simulate(first, best * (1 - TIE))
                 is_better = predicted is not None and predicted.tokens_per_s > fastest * (1 + TIE)
                 in_vain = 0 if is_better else in_vain + 1
             else:

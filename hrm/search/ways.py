@@ -15,7 +15,7 @@ from hrm.latency import NO_LIMITS
 from hrm.layers import ExpertDivision
 from hrm.parallel import obstacle_to, part_of
 from hrm.policy import Parallelism, Policy
-from hrm.search.bound import CLOSE, FEW_REGIONS, LARGEST_BUDGET, NO_BOUND, Bound, upper_bound
+from hrm.search.bound import BUDGET, CLOSE, FEW_REGIONS, LARGEST_BUDGET, NO_BOUND, Bound, Bounding
 from hrm.search.choose import TIE, ranked
 from hrm.search.constraints import within_limits
 from hrm.search.exhaustive import Exhaustive, rough
@@ -104,7 +104,10 @@ def _search(space: Space, solver: Solver, runner_ups: int, *, bounded: bool) -> 
     found = Found.best_of(way.found for way in ways)
     bound = NO_BOUND
     if bounded:
-        most_regions = LARGEST_BUDGET if chosen.found.ranked else FEW_REGIONS
+        # No bound is below the greatest closed form, so that of more regions may not show what was found to be optimal.
+        may_be_optimal = found.greatest_tokens_per_s * (1 - OPTIMAL_GAP) <= chosen.tokens_per_s
+        budget = LARGEST_BUDGET if may_be_optimal else BUDGET
+        most_regions = budget if chosen.found.ranked else FEW_REGIONS
         bound = _greatest(way.bound(found.greatest_tokens_per_s, most_regions) for way in ways)
     result = SearchResult(
         solver=solver.name,
@@ -136,7 +139,7 @@ class _Searched:
     was found is of all stages together. `spaces` are what a bound on it is of, None if there is none to be had.
     A pipeline whose stages may have `lengths` of their own is told which to begin with. The bound that was found
     `before` a search is of all of it. If it has shown that others are better, the way is `hopeless` and was not
-    searched; nor were kinds of policies of which it has shown this.
+    searched; nor were kinds of policies of which it has shown this. `boundings` are those of spaces that have begun.
     """
 
     parallelism: Parallelism
@@ -149,6 +152,7 @@ class _Searched:
     found: Found = field(default_factory=Found)
     before: Bound = NO_BOUND
     hopeless: bool = False
+    boundings: list[tuple[Space, Bounding]] = field(default_factory=list[tuple[Space, Bounding]])
 
     @staticmethod
     def nothing_of(space: Space, parallelism: Parallelism, division: ExpertDivision) -> "_Searched":
@@ -179,7 +183,13 @@ class _Searched:
             return self.before
         if self.spaces is None or self.whole.limits != NO_LIMITS:
             return NO_BOUND
-        return _greatest(upper_bound(one, known_tokens_per_s, most_regions) for one in self.spaces)
+        return _greatest(self._bounding(one).go_on(known_tokens_per_s, most_regions) for one in self.spaces)
+
+    def _bounding(self, space: Space) -> Bounding:
+        """That of one of the spaces, which goes on where it stopped."""
+        if not any(known == space for known, _ in self.boundings):
+            self.boundings.append((space, Bounding(space)))
+        return next(bounding for known, bounding in self.boundings if known == space)
 
     def promise(self) -> float:
         """About the throughput that a search will find, by which it is decided what is searched first."""
