@@ -12,6 +12,7 @@ from hrm.contract.rings import WEIGHT_SLOTS
 from hrm.estimate import Estimate
 from hrm.memory import plan_memory
 from hrm.policy import Policy, in_whole_layers, spread_experts
+from hrm.search.bound import CLOSE
 from hrm.search.choose import TIE, ranked, simulated_above
 from hrm.search.fit import Ints
 from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
@@ -27,6 +28,7 @@ ROUNDS: Final = 8
 # Factors by which numbers of micro-batches (of as many requests), their sizes and chunks are changed.
 _NUMBERS: Final = (0.5, 0.75, 1.25, 1.5, 2.0)
 _SIZES: Final = (0.9, 0.95, 0.98, 1.02, 1.05, 1.1)
+_NEAREST: Final = (-1, 1)  # and what is added to them
 _CHUNKS: Final = (0.12, 0.18, 0.25, 0.35, 0.5, 0.6, 0.7, 0.85, 1.2, 1.5, 2.0)
 _OF_WHOLE_LAYERS: Final = 0.05  # by which they may be better than the closed form, which knows means, has them
 _KV_SHARE: Final = 0.05  # of the KV cache that is moved to the GPU, or away from it
@@ -38,31 +40,38 @@ def polished(space: Space, found: Found) -> tuple[Estimate, ...]:
     Resident experts may as well be those of whole layers. Micro-batches, their number and caches, chunks, and where
     projections lie and prefill computes experts are changed one at a time; what then does not fit has shorter chunks.
     That is simulated if it is better in closed form than all that was found or, where waits cost the best more than
-    a policy that is called optimal may lie below the closed form, than what it does: the most promising first, as
-    those that cannot be better than the best are not simulated. What was slower once is not tried again.
+    a thousandth or two, than what it does: the most promising first, as those that cannot be better than the best that
+    is known are not simulated. What was slower once is not tried again.
     """
     ranking: Sequence[Estimate] = found.ranked
     new = ranking
     tried = {*found.slower, *(predicted.policy for predicted in ranking)}
     for _ in range(ROUNDS if ranking else 0):
-        best = ranking[0].tokens_per_s
+        best = max(predicted.tokens_per_s for predicted in ranking)  # the first may be a smaller one of near ties
+        known = max(best, space.known_tokens_per_s)
         # The greatest closed form is of residents in all layers alike.
-        waits = best < found.greatest_tokens_per_s * (1 - OPTIMAL_GAP) or not _is_even(space, ranking[0].policy)
-        enough = max(best if waits else found.greatest_tokens_per_s, space.known_tokens_per_s) * (1 + TIE)
-        near = chain.from_iterable(_near(space, centre, enough) for centre in _best_by_cache(ranking))
+        waits = best < found.greatest_tokens_per_s * (1 - CLOSE) or not _is_even(space, ranking[0].policy)
+        enough = (known if waits else max(known, found.greatest_tokens_per_s)) * (1 + TIE)
+        near = chain.from_iterable(_near(space, centre, enough) for centre in _centres(ranking))
         untried = dict.fromkeys(policy for policy in (*_in_layers(space, new, best), *near) if policy not in tried)
         tried.update(untried)
-        new = simulated_above(space, best, untried)
+        new = simulated_above(space, known, untried)
         ranking = ranked([*ranking, *new])
         if max((predicted.tokens_per_s for predicted in new), default=0.0) <= best * (1 + TIE):
             break
     return ranking
 
 
-def _best_by_cache(found: Sequence[Estimate]) -> list[Policy]:
-    """The best policies with all of the cache on the GPU, some of it, and none: waits may cost these unlike much."""
-    best = {Kind.of_policy(one.policy).kv: one.policy for one in reversed(found)}
-    return list(best.values())
+def _centres(found: Sequence[Estimate]) -> list[Policy]:
+    """The best policies with all of the cache on the GPU, some of it, and none: waits may cost these unlike much.
+
+    So may they where projections lie elsewhere, which are centres, too, if they are nearly as good as the best.
+    """
+    nearly = found[0].tokens_per_s * (1 - OPTIMAL_GAP)
+    worst_first = found[::-1]
+    best = {Kind.of_policy(one.policy).kv: one.policy for one in worst_first}
+    others = {one.policy.resident_dense: one.policy for one in worst_first if one.tokens_per_s >= nearly}
+    return list(dict.fromkeys([*best.values(), *others.values()]))
 
 
 def _in_layers(space: Space, found: Sequence[Estimate], best_tokens_per_s: float) -> list[Policy]:
@@ -105,7 +114,8 @@ def _near(space: Space, policy: Policy, enough: float) -> list[Policy]:
     if _is_even(space, policy):
         near = [grid.policy(space, int(index)) for index in np.flatnonzero(scores(space, grid) > enough)]
         return list(dict.fromkeys(near))
-    near = dict.fromkeys(_in_whole_layers(space, grid.policy(space, index)) for index in range(len(grid)))
+    others = (_in_whole_layers(space, grid.policy(space, index)) for index in range(len(grid)))
+    near = dict.fromkeys([_one_layer_on(space, policy), *others])
     return [other for other in near if score_of(space, other) > enough]
 
 
@@ -120,6 +130,15 @@ def _in_whole_layers(space: Space, policy: Policy) -> Policy:
     fewer = max(total - WEIGHT_SLOTS * (total // space.spec.num_expert_layers), 0)
     tried = (replace(policy, resident_experts=in_whole_layers(space.spec, count)) for count in (total, fewer))
     return next((other for other in tried if plan_memory(space.spec, other, space.profile).fits), policy)
+
+
+def _one_layer_on(space: Space, policy: Policy) -> Policy:
+    """The policy with each layer's residents in the next one that has experts: the first may be waited for longest."""
+    layers = [layer for layer, kind in enumerate(space.spec.layers) if kind.has_experts]
+    counts = list(policy.resident_experts)
+    for layer, before in zip(layers, [layers[-1], *layers[:-1]], strict=True):
+        counts[layer] = policy.resident_experts[before]
+    return replace(policy, resident_experts=tuple(counts))
 
 
 def places_near(space: Space, policy: Policy) -> Ints:
@@ -146,10 +165,10 @@ def _pairs_near(space: Space, policy: Policy) -> Ints:
     """Other sizes of micro-batches, and other numbers of them: of as many requests, and of as large ones."""
     size, number = policy.micro_batch_size, policy.num_micro_batches
     most_sizes, most_numbers = limits(space)
-    nearest = () if _is_even(space, policy) else (-1, 1)  # which the search has tried there
+    nearest = () if _is_even(space, policy) else _NEAREST  # of numbers the search has tried these there
     sizes, numbers = (
-        rounded(np.append(now * np.array(factors), now + np.array(nearest)))
-        for now, factors in ((size, _SIZES), (number, _NUMBERS))
+        rounded(np.append(now * np.array(factors), now + np.array(steps)))
+        for now, factors, steps in ((size, _SIZES, _NEAREST), (number, _NUMBERS, nearest))
     )
     numbers = numbers[numbers >= 1]
     pairs = np.concatenate(

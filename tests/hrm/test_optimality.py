@@ -20,7 +20,7 @@ from hrm.placement import experts_of_layers
 from hrm.policy import Policy, ScheduleName
 from hrm.scaling import Resource, at_cost, resources, with_resource
 from hrm.search import Outcome, SearchResult, Space, search, solver_named
-from hrm.search.bound import Bounder
+from hrm.search.bound import Bounder, Bounding, upper_bound
 from hrm.search.regions import Regions
 from hrm.search.result import OPTIMAL_GAP
 from hrm.search.smooth import smoothed
@@ -107,6 +107,23 @@ def test_what_is_nearly_as_good_being_known_keeps_no_search_from_the_best(seed):
     for limits in (NO_LIMITS, LatencyLimits(max_ttft_s=1e9)):
         again = searched(case, known_tokens_per_s=0.98 * best.tokens_per_s, limits=limits).require()
         assert again.tokens_per_s == pytest.approx(best.tokens_per_s, rel=2e-3)
+
+
+@pytest.mark.parametrize("seed", FITTING[:4])
+def test_a_bound_that_goes_on_is_one_and_as_good_as_from_the_start(seed):
+    rng = Random(9000 + seed)
+    case = random_case(rng)
+    space = Space(case.spec, case.profile, case.workload, dtype=case.dtype)
+    [(part, policies), *_] = by_parts(space, random_policies(rng, case, None, count=8))
+    best = max(closed_form_rate(part, policy) for policy in policies)
+    bounding = Bounding(part)
+    first = bounding.go_on(0.5 * best, 1000)
+    again = bounding.go_on(0.9 * best, 8000)
+    afresh = upper_bound(part, 0.9 * best, 8000)
+    assert best <= again.tokens_per_s <= first.tokens_per_s
+    assert again.tokens_per_s <= afresh.tokens_per_s * 1.01
+    assert again.regions <= first.regions + afresh.regions
+    assert bounding.go_on(0.0, 1000) == upper_bound(part, 0.0, 1000)  # what was settled may hold the best
 
 
 @pytest.mark.parametrize(("prompt_len", "chunk_tokens"), [(4000, 100_000), (16, 500)])
@@ -213,6 +230,10 @@ def test_what_is_found_is_no_better_with_its_residents_in_whole_layers(seed):
         (100_788, 75.5),  # 72.5 with all projections on the GPU
         (400_356, 5.55),  # 5.41 with none there either, as means have whole layers slower than they are
         (300_098, 8.16),  # 7.16 with no expert on the GPU, as few in every layer are worse
+        (100_768, 206.4),  # 206.0 where policies that may be called optimal were not changed
+        (101_381, 0.549),  # 0.5479 likewise
+        (101_126, 17.52),  # 17.48 with residents in whole layers of which the first is one
+        (101_399, 370.4),  # 369.6 with projections only where the best policy had them, and no size one larger
     ],
 )
 def test_the_last_step_finds_what_was_missed(seed, least):
