@@ -18,7 +18,6 @@ from hrm.search.fit import Ints
 from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
 from hrm.search.lattice import LEAST_CHUNK_TOKENS, ChunkRange, levelled, limits, rounded
 from hrm.search.longest import with_longest_chunks
-from hrm.search.result import OPTIMAL_GAP
 from hrm.search.scores import score_of, scores
 from hrm.search.solver import Found
 from hrm.search.space import Kind, KvPlace, Space
@@ -65,9 +64,9 @@ def polished(space: Space, found: Found) -> tuple[Estimate, ...]:
 def _centres(found: Sequence[Estimate]) -> list[Policy]:
     """The best policies with all of the cache on the GPU, some of it, and none: waits may cost these unlike much.
 
-    So may they where projections lie elsewhere, which are centres, too, if they are nearly as good as the best.
+    So may they where projections lie elsewhere, which are centres, too, if they are about as good as the best.
     """
-    nearly = found[0].tokens_per_s * (1 - OPTIMAL_GAP)
+    nearly = found[0].tokens_per_s * (1 - CLOSE)
     worst_first = found[::-1]
     best = {Kind.of_policy(one.policy).kv: one.policy for one in worst_first}
     others = {one.policy.resident_dense: one.policy for one in worst_first if one.tokens_per_s >= nearly}
