@@ -215,7 +215,7 @@ def summary(record: "RunRecord", output_dir: Path) -> str:
         f"accelerator  {record.accelerator.description}",
         f"CPU kernels  {record.accelerator.cpu_kernels}",
         f"requests     {totals.requests} in {counted(totals.batches, 'batch')}"
-        + (f", {totals.rejected_requests} rejected" if totals.rejected_requests else "")
+        + (f", {totals.rejected_requests} rejected (why is in outputs.jsonl)" if totals.rejected_requests else "")
         + (f", {totals.failed_requests} failed" if totals.failed_requests else ""),
         *([f"sampling     {sampling} where requests do not say"] if sampling else []),
         f"tokens       {totals.prompt_tokens} prompt, {totals.generated_tokens} generated",

@@ -63,10 +63,10 @@ class _Context(click.Context):
             raise told from error
 
 
-def _check_once(command: click.Command, args: list[str]) -> None:
+def _check_once(command: click.Command, parent: click.Context, args: list[str]) -> None:
     """Raise HrmError for an option with two values, of which click would take the last."""
     with suppress(click.UsageError):  # which is told when the command is called
-        parser = command.make_parser(click.Context(command, resilient_parsing=True))
+        parser = command.make_parser(click.Context(command, parent=parent, resilient_parsing=True))
         _, _, given = parser.parse_args(list(args))
         for option in given:
             alone = isinstance(option, click.Option) and not (option.multiple or option.is_flag)
@@ -90,7 +90,7 @@ class CommandGroup(click.Group):
         found, command, rest = super().resolve_command(ctx, args)
         if command is not None:
             command.context_class = _Context
-            _check_once(command, rest)
+            _check_once(command, ctx, rest)
         return found, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:

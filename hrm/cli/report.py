@@ -91,7 +91,7 @@ def plan_json(
             "seconds": search.seconds,
             "evaluations": search.evaluations,
             "outcome": search.outcome.name.lower(),
-            "gap": search.gap,
+            "gap": None if math.isinf(search.bound_tokens_per_s) else search.gap,
             "bound_tokens_per_s": search.bound_tokens_per_s,
             "regions": search.regions,
             "simulated": search.simulated,
@@ -386,8 +386,8 @@ def _about_way(way: Way, best: Estimate) -> str:
 
 def _why(search: SearchResult) -> str:
     """How good the chosen policy is, in words."""
-    if math.isinf(search.bound_tokens_per_s):  # limits on waiting times have no bound
-        return search.outcome.value
+    if math.isinf(search.bound_tokens_per_s):  # with limits on waiting times, or of unequal GPUs
+        return f"{search.outcome.value}; there is no bound to hold it against"
     bound = f"no policy can exceed {search.bound_tokens_per_s:.4g} tokens/s"
     if search.gap < 0.0005:
         return f"{search.outcome.value}: {bound}"

@@ -51,7 +51,9 @@ def test_a_reader_that_has_gone_is_no_mistake(program, args):
     assert ended(process) == (0, "")
 
 
-@pytest.mark.parametrize(("program", "args"), [("hrm", ["models"]), ("hrm", ["models", "dbrx"]), ("executor", ["-h"])])
+@pytest.mark.parametrize(
+    ("program", "args"), [("hrm", ["models", "dbrx"]), ("hrm", ["search", "-h"]), ("executor", ["-h"])]
+)
 def test_a_closed_output_is_no_mistake(program, args):
     command = 'exec "$@" >&-'
     process = subprocess.run(

@@ -157,7 +157,8 @@ BAD_LINES = {
 
 @pytest.mark.parametrize(("bad", "name", "word"), BAD_LINES.values(), ids=BAD_LINES)
 def test_bad_line_is_reported_and_the_rest_runs(run, tmp_path, bad, name, word):
-    _, done = run([line("good", PROMPTS[0]), bad, line("also good", PROMPTS[1])])
+    captured, done = run([line("good", PROMPTS[0]), bad, line("also good", PROMPTS[1])])
+    assert "1 rejected (why is in outputs.jsonl)" in captured.out
     assert done.keys() == {"good", name, "also good"}
     assert done[name]["response"] is None
     assert word in done[name]["error"]["message"]
