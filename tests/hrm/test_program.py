@@ -52,7 +52,8 @@ def test_a_reader_that_has_gone_is_no_mistake(program, args):
 
 
 @pytest.mark.parametrize(
-    ("program", "args"), [("hrm", ["models", "dbrx"]), ("hrm", ["search", "-h"]), ("executor", ["-h"])]
+    ("program", "args"),
+    [("hrm", ["models"]), ("hrm", ["models", "dbrx"]), ("hrm", ["search", "-h"]), ("executor", ["-h"])],
 )
 def test_a_closed_output_is_no_mistake(program, args):
     command = 'exec "$@" >&-'
