@@ -36,7 +36,8 @@ class Figure:
     `curve` holds `(size, value)` points where the number depends on a size (bytes of a transfer,
     tokens of a GEMM); `value` is then its plateau. `p20` and `p80` are the 20th and the 80th
     percentile of the samples, or further apart where passes of the measurement differ by more: in
-    three of five cases, the value of the next run is expected between them.
+    three of five cases, the value of the next run is expected between them. Of what shares with others, `unshared` is
+    what it would have without them.
     """
 
     value: float
@@ -46,6 +47,7 @@ class Figure:
     samples: int = 0
     p20: float | None = None
     p80: float | None = None
+    unshared: float | None = None
 
     @property
     def spread(self) -> float:
@@ -72,6 +74,7 @@ class Figure:
             curve=tuple((size * size_factor, value * factor) for size, value in self.curve),
             p20=None if self.p20 is None else self.p20 * factor,
             p80=None if self.p80 is None else self.p80 * factor,
+            unshared=None if self.unshared is None else self.unshared * factor,
         )
 
     @overload

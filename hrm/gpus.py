@@ -14,6 +14,7 @@ from hrm.hardware import Figure, GpuCard, HardwareProfile, Host, Link, MemoryLev
 from hrm.units import counted, format_bandwidth
 
 MOST_KINDS: Final = 3  # of GPU, any of which are tried without the others; of more, each kind alone is
+MOST_COUNTS: Final = 16  # of equal GPUs, of which any smaller number is tried; of more, powers of two are
 
 _Choice = Callable[[Sequence[float]], float]  # `sum` or `min`, of the figures of all GPUs
 
@@ -39,29 +40,57 @@ def side_by_side(cards: Sequence[GpuCard], count: int) -> tuple[MemoryLevel, lis
 
 
 def only_gpus(profile: HardwareProfile, gpus: Sequence[int]) -> HardwareProfile:
-    """The machine with those of its GPUs alone, by their numbers; it must have GPUs that are not all alike."""
-    cards = tuple(profile.gpus[gpu] for gpu in gpus)
-    level, (h2d, d2h), peer = side_by_side(cards, len(cards))
+    """The machine with those of its several GPUs alone, by their numbers.
+
+    Their links move together what they do alone, up to what those of all GPUs do.
+    """
+    numbers = tuple(gpus)
+    return profile.part(("gpus", numbers), lambda: _only_gpus(profile, numbers))
+
+
+def _only_gpus(profile: HardwareProfile, gpus: tuple[int, ...]) -> HardwareProfile:
+    count, whole = len(gpus), profile.num_gpus
+    cards = tuple(profile.gpus[gpu] for gpu in gpus) if profile.gpus else ()
+    if cards:
+        level, links, peer = side_by_side(cards, count)
+        name = names_text(cards)
+    else:
+        note = f"{count} of {whole} GPUs"
+        level = change_level(profile.top, lambda figure: figure.times(count / whole, note=note))
+        links, peer = [_part_of(link, count, whole) for link in (profile.h2d, profile.d2h)], profile.peer
+        name = note
     what = "what all GPUs' links move together"
-    links = [limited(h2d, profile.h2d.bandwidth_bytes_per_s.planned, what)]
-    links += [limited(d2h, profile.d2h.bandwidth_bytes_per_s.planned, what)]
+    totals = [link.bandwidth_bytes_per_s.planned for link in (profile.h2d, profile.d2h)]
+    links = [limited(link, total, what) for link, total in zip(links, totals, strict=True)]
     return replace(
         profile,
-        name=f"{names_text(cards)} of {profile.name}",
-        num_gpus=len(cards),
-        gpus=() if alike(cards) else cards,
+        name=f"{name} of {profile.name}",
+        num_gpus=count,
+        gpus=() if not cards or alike(cards) else cards,
         levels=(level, *profile.levels[1:]),
-        links=(*links, *([peer] if len(cards) > 1 else []), *_of_host(profile)),
+        links=(*links, *([peer] if count > 1 else []), *_of_host(profile)),
     )
 
 
-def sets_of_kinds(profile: HardwareProfile) -> list[tuple[int, ...]]:
-    """The GPUs that are left if those of one or more kinds are not used, by their numbers."""
-    kinds = [profile.gpus.index(card) for card in profile.gpus]
+def smaller_sets(profile: HardwareProfile) -> list[tuple[int, ...]]:
+    """The GPUs that are left if some are not used, by their numbers: those of one or more kinds, and fewer of one.
+
+    The largest sets come first.
+    """
+    every = profile.gpus or (None,) * profile.num_gpus
+    kinds = [every.index(card) for card in every]
     first = sorted(set(kinds))
-    sizes = range(1, len(first)) if len(first) <= MOST_KINDS else (1,)
+    sizes = range(1, len(first) + 1) if len(first) <= MOST_KINDS else (1, len(first))
     kept = [set(some) for size in sizes for some in combinations(first, size)]
-    return [tuple(gpu for gpu, kind in enumerate(kinds) if kind in some) for some in kept]
+    sets = [tuple(gpu for gpu, kind in enumerate(kinds) if kind in some) for some in kept]
+    fewer = [
+        gpus[:count] for gpus, some in zip(sets, kept, strict=True) if len(some) == 1 for count in range(1, len(gpus))
+    ]
+    return sorted((gpus for gpus in {*sets, *fewer} if len(gpus) < len(kinds)), key=lambda gpus: (-len(gpus), gpus))
+
+
+def _smaller_counts(count: int) -> list[int]:
+    return list(range(1, count)) if count <= MOST_COUNTS else [1 << bit for bit in range((count - 1).bit_length())]
 
 
 def _of_host(profile: HardwareProfile) -> tuple[Link, ...]:
@@ -159,6 +188,7 @@ def limited(link: Link, limit: Figure, what: str) -> Link:
         source=Source.DERIVED,
         note=f"limited by {what} at {format_bandwidth(limit.value)} ({limit.source})",
         curve=tuple((size, min(value, limit.value)) for size, value in planned.curve),
+        unshared=planned.unshared or planned.value,
     )
     return replace(link, bandwidth_bytes_per_s=replace(link.bandwidth_bytes_per_s, achieved=capped))
 
@@ -311,3 +341,15 @@ def _sum_link(link: Link, count: int) -> Link:
         return figure.times(count, note=f"times {count}", size_factor=count)
 
     return replace(link, bandwidth_bytes_per_s=link.bandwidth_bytes_per_s.each(total))
+
+
+def _part_of(link: Link, count: int, whole: int) -> Link:
+    """That of so many of the equal GPUs whose link it is, each with what it moves if others do not."""
+    planned = link.bandwidth_bytes_per_s.planned
+    alone = (planned.unshared or planned.value) / planned.value
+
+    def part(figure: Figure) -> Figure:
+        factor = count / whole * (alone if figure is planned else 1)
+        return replace(figure.times(factor, note=f"{count} of {whole} GPUs", size_factor=count / whole), unshared=None)
+
+    return replace(link, bandwidth_bytes_per_s=link.bandwidth_bytes_per_s.each(part))

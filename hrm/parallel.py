@@ -159,13 +159,14 @@ def _with_lengths(policy: Policy, spec: ModelSpec, num_stages: int) -> Policy:
 
 def used_of(profile: HardwareProfile, policy: Policy) -> HardwareProfile:
     """The machine with the GPUs alone that the policy uses; PolicyError if it has no such GPUs."""
-    if not policy.gpus:
+    every = tuple(range(profile.num_gpus))
+    if policy.gpus in ((), every):
         return profile
-    if list(policy.gpus) != sorted(set(policy.gpus)) or not set(policy.gpus) <= set(range(len(profile.gpus))):
+    if list(policy.gpus) != sorted(set(policy.gpus) & set(every)):
         raise PolicyError(
             "policy: gpus",
             policy.gpus,
-            f"must be numbers of unequal GPUs, ascending, and {profile.name} has {len(profile.gpus)}",
+            f"must be numbers of GPUs, ascending, and {profile.name} has {profile.num_gpus}",
             "leave it out, or run hrm search for this machine",
         )
     return only_gpus(profile, policy.gpus)

@@ -133,7 +133,7 @@ def solved(options: BenchOptions, spec: ModelSpec) -> PolicyFile:
         name="bench", prompt_len=PROMPT_LEN, max_prompt_len=PROMPT_LEN, gen_len=GEN_LEN, num_requests=NUM_REQUESTS
     )
     workload, profile = workload_of(options, usual), _machine(options, spec)
-    found = search(Space(spec, profile, workload, dtype=profile.default_dtype))
+    found = search(Space(spec, profile, workload, dtype=profile.default_dtype, all_gpus=options.gpus is not None))
     return policy_file_of(found.require(), spec, profile, workload)
 
 

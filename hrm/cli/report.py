@@ -176,7 +176,7 @@ def _print_policy(estimate: Estimate, spec: ModelSpec, workload: Workload, profi
     console.print(f"  {counted(policy.batch_size, 'request')} a batch in {batches}")
     num_gpus = len(policy.gpus) or profile.num_gpus
     if policy.gpus:
-        console.print(f"  on {_gpus_text(policy.gpus)} of {profile.num_gpus} GPUs: the others would hold up the work")
+        console.print(f"  on {_gpus_text(policy.gpus)} of {profile.num_gpus} GPUs: the others would make it no faster")
     if estimate.stages:
         lengths = " + ".join(map(str, policy.stage_lengths))
         console.print(f"  in a pipeline of stages of {lengths} layers, as many batches at once as stages; the slowest:")

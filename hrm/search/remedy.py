@@ -20,7 +20,7 @@ from hrm.scaling import Resource, given_resources
 from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
 from hrm.search.lattice import chunk_ranges
 from hrm.search.space import KvPlace, Space
-from hrm.search.ways import space_of_part, ways_of
+from hrm.search.way import space_of_part, ways_of
 from hrm.units import at_least_bytes, at_least_seconds, format_bytes, format_seconds, parse_bytes, parse_seconds
 
 MOST_BYTES: Final = 2**50  # of a memory, that are tried

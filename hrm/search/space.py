@@ -59,6 +59,7 @@ class Space:
 
     So does a `parallelism` of None the way in which several GPUs share the model, and an `expert_division` of
     None what each has of the experts; a given one is of tensor parallelism, the only one that is searched then.
+    With `all_gpus` no policy leaves out a GPU.
 
     Micro-batch sizes and their number are searched up to `max_micro_batch_size` and
     `max_micro_batches`. Policies whose requests wait longer than `limits` are no part of it; the
@@ -84,6 +85,7 @@ class Space:
     prefill_ffn: Device | None = None
     parallelism: Parallelism | None = None
     expert_division: ExpertDivision | None = None
+    all_gpus: bool = False
     max_micro_batch_size: int = 2**20
     max_micro_batches: int = 2**12
     limits: LatencyLimits = NO_LIMITS

@@ -1,38 +1,21 @@
 """The entrance of the search; of several GPUs it compares tensor parallelism, in two ways, and a pipeline."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import islice
-from math import ceil
+from dataclasses import replace
+from math import inf
 from typing import Final
 
-from hrm.errors import PolicyError
-from hrm.estimate import Estimate
-from hrm.gpus import only_gpus, sets_of_kinds
+from hrm.gpus import only_gpus, smaller_sets
 from hrm.latency import NO_LIMITS
-from hrm.layers import ExpertDivision
-from hrm.parallel import obstacle_to, part_of
-from hrm.policy import Parallelism, Policy
-from hrm.search.bound import BUDGET, CLOSE, FEW_REGIONS, LARGEST_BUDGET, NO_BOUND, Bound, Bounding
-from hrm.search.choose import TIE, ranked
-from hrm.search.constraints import within_limits
-from hrm.search.exhaustive import Exhaustive, rough
-from hrm.search.lengths import search_lengths
-from hrm.search.polish import polished
-from hrm.search.result import OPTIMAL_GAP, Outcome, SearchResult, Way
+from hrm.search.bound import BUDGET, FEW_REGIONS, LARGEST_BUDGET, NO_BOUND, Bound
+from hrm.search.exhaustive import Exhaustive
+from hrm.search.result import OPTIMAL_GAP, Outcome, SearchResult
 from hrm.search.solver import Found, Solver
-from hrm.search.space import Kind, Space
-from hrm.search.stages import Lengths, different_stages, first_lengths, least_stage
-from hrm.search.ties import smallest_first
+from hrm.search.space import Space
+from hrm.search.way import WaySearch, greatest, searched, ways_of, with_lengths, without_hope
 
 RUNNER_UPS: Final = 2
 _EXHAUSTIVE: Final = Exhaustive()
-_EVENLY: Final = 0.01  # by more than this whole experts must be faster, as tokens may go to them less evenly
-# More than lengths of their own have brought beside even ones: 1.26 at most of what was tried.
-_LENGTHS_GAIN: Final = 1.3
-_WORK: Final = ("evaluations", "regions", "seconds", "simulated")  # that searches took
 
 
 def search(
@@ -42,73 +25,26 @@ def search(
 
     Of those that are as fast to a thousandth, the one with the smallest batch is chosen. With several GPUs, tensor
     parallelism, with experts divided or whole, and a pipeline are searched one after the other unless one of them is
-    asked for, and the result names all: the most promising first, and none that a bound shows to be no better than
-    another. Whole experts must be faster than divided ones by more than a hundredth, as tokens may go to them less
-    evenly than plans are told. GPUs that are not all alike are searched without those of some kinds as well. If nothing
-    is possible or fits, or is better than what is known, the result says so; what is only the best that is found, if it
-    need not be `bounded`, takes less time.
+    asked for: the most promising first, and none that a bound shows to be no better than another. Then fewer of the
+    GPUs are, see `hrm.gpus.smaller_sets`, which must be faster by more than a thousandth, and whole experts by more
+    than a hundredth, as tokens may go to them less evenly than plans are told. The result names all ways of all GPUs,
+    and those of fewer that were searched. If nothing is possible or fits, or is better than what is known, the result
+    says so; what is only the best that is found, if it need not be `bounded`, takes less time.
     """
-    found = _search(space, solver, runner_ups, bounded=bounded)
-    for gpus in sets_of_kinds(space.profile):
-        if found.outcome is Outcome.INTERRUPTED:
-            break
+    started_s = time.perf_counter()
+    ways: list[WaySearch] = []
+    for gpus in ((), *([] if space.all_gpus else smaller_sets(space.profile))):
         if len(gpus) == 1 and (space.parallelism, space.expert_division) != (None, None):
             continue  # which is asked of several
-        alone = replace(space, profile=only_gpus(space.profile, gpus))
-        fewer = _search(alone, solver, runner_ups, bounded=bounded)
-        found = _either(found, fewer, gpus)
-    return found
-
-
-def _either(all_used: SearchResult, fewer: SearchResult, gpus: tuple[int, ...]) -> SearchResult:
-    """The better of what was found with all GPUs (or others) and with these alone, and how both were found."""
-
-    def with_gpus(predicted: Estimate) -> Estimate:
-        return replace(predicted, policy=replace(predicted.policy, gpus=gpus))
-
-    ways = [replace(way, best=way.best and with_gpus(way.best), gpus=gpus) for way in fewer.ways]
-    best = fewer.best and with_gpus(fewer.best)
-    ways = ways or [Way(Parallelism.TENSOR, best, gpus=gpus)]
-    chosen = all_used
-    is_truer = all_used.best is None and fewer.outcome is Outcome.NO_BETTER
-    if is_truer or fewer.tokens_per_s > all_used.tokens_per_s * (1 + TIE):
-        chosen = replace(fewer, best=best, runner_ups=tuple(map(with_gpus, fewer.runner_ups)))
-    return replace(
-        chosen,
-        greatest_tokens_per_s=max(all_used.greatest_tokens_per_s, fewer.greatest_tokens_per_s),
-        bound_tokens_per_s=max(all_used.bound_tokens_per_s, fewer.bound_tokens_per_s),
-        outcome=Outcome.BEST_FOUND if chosen.outcome is Outcome.OPTIMAL else chosen.outcome,
-        **{name: getattr(all_used, name) + getattr(fewer, name) for name in _WORK},
-        ways=(*all_used.ways, *ways),
-    )
-
-
-def _search(space: Space, solver: Solver, runner_ups: int, *, bounded: bool) -> SearchResult:
-    """The same with all GPUs of the space."""
-    started_s = time.perf_counter()
-    asked = [_without_hope(_Searched.nothing_of(space, *way), None) for way in ways_of(space)]
-    searched: dict[int, _Searched] = {}
-    order = sorted(range(len(asked)), key=lambda index: -asked[index].promise()) if len(asked) > 1 else [0]
-    for index in order:
-        best = max(searched.values(), key=_Searched.worth, default=None)
-        searched[index] = _searched(asked[index], solver, best)
-        if searched[index].found.interrupted:
+        ways += _search(space, gpus, solver, max(ways, key=WaySearch.worth, default=None))
+        if any(way.found.interrupted for way in ways):
             break
-    ways = [searched.get(index, way) for index, way in enumerate(asked)]
-    best = max(ways, key=_Searched.worth)
-    if not any(way.found.interrupted for way in ways):
-        ways = [_with_lengths(way, solver, best) if way.lengths and not way.hopeless else way for way in ways]
-    fastest = max(ways, key=_Searched.worth)
+    fastest = max(ways, key=WaySearch.worth)
     chosen = fastest.with_runner_ups(runner_ups)
     ways[ways.index(fastest)] = chosen
     found = Found.best_of(way.found for way in ways)
-    bound = NO_BOUND
-    if bounded:
-        # No bound is below the greatest closed form, so that of more regions may not show what was found to be optimal.
-        may_be_optimal = found.greatest_tokens_per_s * (1 - OPTIMAL_GAP) <= chosen.tokens_per_s
-        budget = LARGEST_BUDGET if may_be_optimal else BUDGET
-        most_regions = budget if chosen.found.ranked else FEW_REGIONS
-        bound = _greatest(way.bound(found.greatest_tokens_per_s, most_regions) for way in ways)
+    bound = _bound(ways, chosen, found) if bounded else NO_BOUND
+    several = [way for way in ways if not way.gpus or way.is_searched] if space.profile.num_gpus > 1 else []
     result = SearchResult(
         solver=solver.name,
         evaluates=solver.evaluates,
@@ -121,7 +57,7 @@ def _search(space: Space, solver: Solver, runner_ups: int, *, bounded: bool) -> 
         regions=bound.regions,
         seconds=time.perf_counter() - started_s,
         simulated=found.simulated,
-        ways=tuple(map(_Searched.told, ways)) if space.profile.num_gpus > 1 else (),
+        ways=tuple(map(WaySearch.told, several)),
     )
     if result.best is None:
         might_fit = any(way.hopeless and way.before.tokens_per_s > 0 for way in ways)
@@ -131,236 +67,32 @@ def _search(space: Space, solver: Solver, runner_ups: int, *, bounded: bool) -> 
     return replace(result, outcome=Outcome.OPTIMAL) if result.gap <= OPTIMAL_GAP else result
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Searched:
-    """One way to share the GPUs of `whole`, and what was found for a part of them.
-
-    `part` is None if the model cannot be divided like that, which `obstacle` then says, and where what
-    was found is of all stages together. `spaces` are what a bound on it is of, None if there is none to be had.
-    A pipeline whose stages may have `lengths` of their own is told which to begin with. The bound that was found
-    `before` a search is of all of it. If it has shown that others are better, the way is `hopeless` and was not
-    searched; nor were kinds of policies of which it has shown this. `boundings` are those of spaces that have begun.
-    """
-
-    parallelism: Parallelism
-    division: ExpertDivision
-    obstacle: str
-    whole: Space
-    part: Space | None
-    lengths: Lengths
-    spaces: Sequence[Space] | None = ()
-    found: Found = field(default_factory=Found)
-    before: Bound = NO_BOUND
-    hopeless: bool = False
-    boundings: list[tuple[Space, Bounding]] = field(default_factory=list[tuple[Space, Bounding]])
-
-    @staticmethod
-    def nothing_of(space: Space, parallelism: Parallelism, division: ExpertDivision) -> "_Searched":
-        """The way before anything of it was searched."""
-        several = space.profile.num_gpus
-        part = space_of_part(space, parallelism, division)
-        in_stages = part is not None and parallelism is Parallelism.PIPELINE and several > 1
-        way = _Searched(
-            parallelism=parallelism,
-            division=division,
-            obstacle=obstacle_to(parallelism, space.spec, several, division),
-            whole=space,
-            part=part,
-            lengths=first_lengths(space) if in_stages else (),
-        )
-        return way.with_spaces(None)
-
-    def with_spaces(self, best: Policy | None) -> "_Searched":
-        """The same with what a bound on it is of, going by the best policy that was found, if any was."""
-        bounded = least_stage(self.whole, self.part) if self.lengths and self.part is not None else self.part
-        if bounded is None:
-            return replace(self, spaces=() if self.part is None else None)
-        return replace(self, spaces=[*bounded.of_pinning(), *bounded.in_parts(best)])
-
-    def bound(self, known_tokens_per_s: float, most_regions: int = LARGEST_BUDGET) -> Bound:
-        """A bound on all of it; with limits on waiting times there is none."""
-        if self.hopeless:
-            return self.before
-        if self.spaces is None or self.whole.limits != NO_LIMITS:
-            return NO_BOUND
-        return _greatest(self._bounding(one).go_on(known_tokens_per_s, most_regions) for one in self.spaces)
-
-    def _bounding(self, space: Space) -> Bounding:
-        """That of one of the spaces, which goes on where it stopped."""
-        if not any(known == space for known, _ in self.boundings):
-            self.boundings.append((space, Bounding(space)))
-        return next(bounding for known, bounding in self.boundings if known == space)
-
-    def promise(self) -> float:
-        """About the throughput that a search will find, by which it is decided what is searched first."""
-        return 0.0 if self.part is None or self.hopeless else rough(self.part) / self.handicap
-
-    @property
-    def handicap(self) -> float:
-        """By what factor it must be faster than others."""
-        return 1 + _EVENLY * (self.division is ExpertDivision.WHOLE)
-
-    def worth(self) -> float:
-        """The throughput by which it is compared with others."""
-        return self.tokens_per_s / self.handicap
-
-    @cached_property
-    def best(self) -> Estimate | None:
-        """What the best policy does on the whole machine."""
-        return self.of_whole(self.found.ranked[0]) if self.found.ranked else None
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Its throughput; 0 if there is none."""
-        return 0.0 if self.best is None else self.best.tokens_per_s
-
-    def told(self) -> Way:
-        """The way with the best policy so."""
-        is_whole = not self.hopeless and (self.part is None or self.part.kinds_left is None)
-        return Way(
-            parallelism=self.parallelism,
-            best=self.best,
-            obstacle=self.obstacle,
-            expert_division=self.division,
-            at_most_tokens_per_s=0.0 if is_whole else self.before.tokens_per_s,
-        )
-
-    def of_whole(self, of_part: Estimate) -> Estimate:
-        """What a part's policy does where the whole machine is so divided."""
-        if self.parallelism is Parallelism.TENSOR or of_part.stages:
-            return of_part
-        policy = replace(of_part.policy, parallelism=self.parallelism)
-        if self.whole.workload.num_requests is None:  # one batch, which takes the whole as long
-            return replace(of_part, policy=policy)
-        return self.whole.predicted(policy)
-
-    def with_runner_ups(self, count: int) -> "_Searched":
-        """The same with so many runner-ups simulated; one that is as fast and smaller is chosen."""
-        ranking = self.found.ranked
-        if self.part is None or not ranking:
-            return self
-        known = {predicted.policy for predicted in ranking}
-        others = (predicted for predicted in self.found.more() if predicted.policy not in known)
-        again = ranked([*ranking, *islice(others, max(0, count + 1 - len(ranking)))])
-        if again[0] is not ranking[0]:
-            again = smallest_first(self.part.holding(again[0].policy), again)
-        simulated = self.found.simulated + len(again) - len(ranking)
-        return replace(self, found=replace(self.found, ranked=again, simulated=simulated))
+def _search(space: Space, gpus: tuple[int, ...], solver: Solver, best: WaySearch | None) -> list[WaySearch]:
+    """All ways with these GPUs alone, or with all; `best` is the best of others."""
+    alone = replace(space, profile=only_gpus(space.profile, gpus)) if gpus else space
+    ways = [without_hope(WaySearch.nothing_of(alone, *way, gpus=gpus), best) for way in ways_of(alone)]
+    if gpus:
+        ways = [way.unless_far_behind(best) for way in ways]
+    order = sorted(range(len(ways)), key=lambda index: -ways[index].promise()) if len(ways) > 1 else [0]
+    for index in order:
+        ways[index] = searched(ways[index], solver, best)
+        best = max(filter(None, (best, ways[index])), key=WaySearch.worth)
+        if ways[index].found.interrupted:
+            return ways
+    return [with_lengths(way, solver, best) if best and way.lengths and not way.hopeless else way for way in ways]
 
 
-def ways_of(space: Space) -> tuple[tuple[Parallelism, ExpertDivision], ...]:
-    """The ways to share the GPUs that are asked for, one for a single GPU."""
-    inner, whole = ExpertDivision
-    asked = space.expert_division
-    ways = ((Parallelism.TENSOR, inner), (Parallelism.TENSOR, whole), (Parallelism.PIPELINE, inner))
-    if space.profile.num_gpus == 1:
-        return ways[:1]
-    if asked is not None and space.parallelism is Parallelism.PIPELINE:
-        rule = "is how tensor parallelism divides experts, of which stages of a pipeline have all"
-        raise PolicyError("--expert-division", asked.value, rule, "leave it out, or --parallelism")
-    divides = Parallelism.TENSOR if asked is not None else space.parallelism
-    return tuple(way for way in ways if divides in {None, way[0]} and (asked is None or way[1] is asked))
-
-
-def _searched(way: _Searched, solver: Solver, best: _Searched | None) -> _Searched:
-    """What is found in one way, where `best` is the best of others: nothing if a bound shows that it is not better."""
-    if best is not None and best.worth() > way.whole.known_tokens_per_s:
-        way = _without_hope(way, best)
-    if way.part is None or way.hopeless:
-        return way
-    found = _found(replace(way.part, known_tokens_per_s=_known(way, _worth(way, best))), solver)
-    return replace(way, found=found).with_spaces(found.ranked[0].policy if found.ranked else None)
-
-
-def _without_hope(way: _Searched, best: _Searched | None) -> _Searched:
-    """The way without what a bound shows to be no better than `best`, the best of others: all of it, or kinds."""
-    worth, part = _worth(way, best), way.part
-    if part is None or way.hopeless or not worth:
-        return way
-    way = way.with_spaces(best.found.ranked[0].policy if best is not None and best.found.ranked else None)
-    bound = way.bound(worth, FEW_REGIONS)
-    hopeless = bound.tokens_per_s <= worth * way.handicap * (1 + CLOSE)
-    are_fewer = bound.kinds is not None and len(bound.kinds) < len(part.kinds())
-    left = replace(part, kinds_left=bound.kinds) if are_fewer and not hopeless else part
-    return replace(way, part=left, before=bound, hopeless=hopeless)
-
-
-def _worth(way: _Searched, best: _Searched | None) -> float:
-    return max(way.whole.known_tokens_per_s, 0.0 if best is None else best.worth())
-
-
-def _known(way: _Searched, worth: float) -> float:
-    """What a part must exceed; nothing where the rate of a stage is not yet that of the whole."""
-    in_stages = way.parallelism is Parallelism.PIPELINE
-    if in_stages and (way.lengths or way.whole.workload.num_requests is not None):
-        return 0.0
-    return worth * way.handicap
-
-
-def _with_lengths(alike: _Searched, solver: Solver, best: _Searched) -> _Searched:
-    """A pipeline whose stages have lengths of their own, or that which is planned by one stage if it is as good.
-
-    GPUs that are not alike can only have the first. Of others no lengths are searched if they cannot be better than the
-    best way, or if even stages are far behind it.
-    """
-    space, unequal = alike.whole, bool(alike.whole.profile.gpus)
-    known = max(best.tokens_per_s, space.known_tokens_per_s)
-    if not unequal and (
-        0 < _LENGTHS_GAIN * alike.tokens_per_s < known
-        or alike.bound(known, FEW_REGIONS).tokens_per_s <= known * (1 + CLOSE)
-    ):
-        return alike
-    firsts = [alike.found]
-    if unequal:  # one stage stands for none of them
-        firsts += [_found(stage, solver) for stage in different_stages(space, alike.lengths)]
-    policies = [
-        policy for first in firsts for policy in (*(predicted.policy for predicted in first.ranked), *first.slower)
-    ]
-    own = search_lengths(space, alike.lengths, policies)
-    if unequal or own.tokens_per_s > alike.tokens_per_s * (1 + TIE):
-        work = [replace(first, ranked=(), greatest_tokens_per_s=0.0) for first in firsts]
-        return replace(alike, part=None, found=Found.best_of([own, *work]))
-    return replace(alike, found=Found.best_of([alike.found, replace(own, ranked=())]))
-
-
-def _found(part: Space, solver: Solver) -> Found:
-    """What a solver finds for one part of the machine, with weights staged or in parts if that is better."""
-
-    def find_in(one: Space) -> Found:
-        return within_limits(one, lambda tighter: find(tighter, solver))
-
-    found = _first_to_last(find_in, part.of_pinning(), Found())
-    return _first_to_last(find_in, part.in_parts(found.ranked[0].policy if found.ranked else None), found)
-
-
-def _first_to_last(find_in: Callable[[Space], Found], spaces: Sequence[Space], found: Found) -> Found:
-    """The best of what was found and what is found in spaces, up to one in which the search is interrupted."""
-    for space in spaces:
-        if found.interrupted:
-            break
-        known = max(space.known_tokens_per_s, found.tokens_per_s)
-        found = Found.best_of([found, find_in(replace(space, known_tokens_per_s=known))])
-    return found
-
-
-def find(space: Space, solver: Solver) -> Found:
-    """What a solver finds in one space, polished, and of near ties the smallest first."""
-    found = solver.find(space)
-    ranking = polished(space, found)
-    if ranking and ranking[0].tokens_per_s > space.known_tokens_per_s:
-        ranking = smallest_first(space, ranking)
-    return replace(found, ranked=ranking, simulated=found.simulated + len(ranking) - len(found.ranked))
-
-
-def _greatest(bounds: Iterable[Bound]) -> Bound:
-    """One on all of what these are on."""
-    bounds = list(bounds)
-    kinds = [bound.kinds for bound in bounds]
-    return Bound(
-        tokens_per_s=max((bound.tokens_per_s for bound in bounds), default=0.0),
-        regions=sum(bound.regions for bound in bounds),
-        kinds=None if None in kinds else frozenset[Kind]().union(*filter(None, kinds)),
-    )
+def _bound(ways: list[WaySearch], chosen: WaySearch, found: Found) -> Bound:
+    """One on all ways, where what is below that on some is not looked into in others."""
+    # No bound is below the greatest closed form, so that of more regions may not show what was found to be optimal.
+    may_be_optimal = found.greatest_tokens_per_s * (1 - OPTIMAL_GAP) <= chosen.tokens_per_s
+    budget = LARGEST_BUDGET if may_be_optimal else BUDGET
+    most_regions = budget if chosen.found.ranked else FEW_REGIONS
+    bounds: list[Bound] = []
+    for way in ways:
+        known = max((bound.tokens_per_s for bound in bounds if bound.tokens_per_s < inf), default=0.0)
+        bounds.append(way.bound(max(known, found.greatest_tokens_per_s), most_regions))
+    return greatest(bounds)
 
 
 def _not_better(result: SearchResult, known_tokens_per_s: float) -> SearchResult:
@@ -371,8 +103,9 @@ def _not_better(result: SearchResult, known_tokens_per_s: float) -> SearchResult
 
 def _with_advice(result: SearchResult, space: Space) -> SearchResult:
     """The result where nothing was found, with what to change, which is worked out if it is asked for."""
-    if result.ways and all(way.obstacle for way in result.ways):
-        obstacles = "; ".join(f"{way.words}: {way.obstacle}" for way in result.ways)
+    all_used = [way for way in result.ways if not way.gpus]
+    if all_used and all(way.obstacle for way in all_used):
+        obstacles = "; ".join(f"{way.words}: {way.obstacle}" for way in all_used)
         told = f"must be shared by {space.profile.num_gpus} GPUs, and {obstacles}"
         return replace(result, advice=lambda: (told, "ask for another number of GPUs"))
     from hrm.search.remedy import advice, fits_somehow
@@ -380,20 +113,3 @@ def _with_advice(result: SearchResult, space: Space) -> SearchResult:
     too_slow = space.limits != NO_LIMITS and fits_somehow(space)
     outcome = Outcome.TOO_SLOW if too_slow else result.outcome
     return replace(result, outcome=outcome, advice=lambda: advice(space))
-
-
-def space_of_part(
-    space: Space, parallelism: Parallelism, division: ExpertDivision = ExpertDivision.INNER
-) -> Space | None:
-    """What one part of the machine has to do: a rank's, or a stage's layers for its share of the requests.
-
-    None if the model cannot be divided like that; all of it on a machine with one GPU.
-    """
-    if obstacle_to(parallelism, space.spec, space.profile.num_gpus, division):
-        return None
-    spec, profile = part_of(space.spec, space.profile, parallelism, division)
-    workload = space.workload
-    if profile.num_stages > 1 and workload.num_requests is not None:
-        share = ceil(workload.num_requests / profile.num_stages)
-        workload = replace(workload, num_requests=share)
-    return replace(space, spec=spec, profile=profile, workload=workload, expert_division=division)

@@ -16,7 +16,7 @@ from hrm.policy import Parallelism, Policy
 from hrm.search import Space
 from hrm.search.bound import Bounder
 from hrm.search.regions import CHUNK, Regions
-from hrm.search.ways import space_of_part
+from hrm.search.way import space_of_part
 from hrm.tasks import Device
 
 NEARLY = 1e-9

@@ -1,6 +1,7 @@
 """The command line of hrm, as tests call it."""
 
 import json
+import sys
 
 import pytest
 
@@ -43,17 +44,20 @@ def searches_kept():
     one without bounds is as good with them.
     """
     found: dict[tuple[object, ...], SearchResult] = {}
-    search = ways._search
+    search = ways.search
 
-    def kept(space: Space, solver: Solver, runner_ups: int, *, bounded: bool) -> SearchResult:
+    def kept(
+        space: Space, solver: Solver = ways._EXHAUSTIVE, *, runner_ups: int = ways.RUNNER_UPS, bounded: bool = True
+    ) -> SearchResult:
         how_far = exhaustive.REACHES, choose.MAX_SIMULATED, polish.ROUNDS, bound.BUDGET, bound.LARGEST_BUDGET
         asked = repr(space), repr(solver), runner_ups, how_far
         if asked not in found:
-            found[asked] = search(space, solver, runner_ups, bounded=True)
+            found[asked] = search(space, solver, runner_ups=runner_ups, bounded=True)
         return found[asked]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ways, "_search", kept)
+        for module in [module for module in sys.modules.values() if vars(module).get("search") is search]:
+            patch.setattr(module, "search", kept)
         yield
 
 

@@ -20,7 +20,7 @@ from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.parallel import obstacle_to, part_of
 from hrm.policy import Parallelism, Policy, kv_tokens_for, prefix_tokens_for, spread_experts
 from hrm.search import Space
-from hrm.search.ways import ways_of
+from hrm.search.way import ways_of
 from hrm.tasks import Device
 from hrm.workload import Workload
 from tests.hrm.support import random_ffn

@@ -28,7 +28,7 @@ from hrm.search.lattice import chunk_ranges, places_of
 from hrm.search.longest import with_longest_chunks
 from hrm.search.polish import places_near, polished
 from hrm.search.space import Kind, KvPlace
-from hrm.search.ways import space_of_part
+from hrm.search.way import space_of_part
 from hrm.tasks import Device
 from hrm.units import GB
 from hrm.workload import MAX_REQUESTS, WORKLOADS, Workload

@@ -27,7 +27,7 @@ from hrm.search.grid import ALL_THAT_FIT, make_grid
 from hrm.search.milp import Milp
 from hrm.search.solver import Found
 from hrm.search.space import KvPlace
-from hrm.search.ways import find
+from hrm.search.way import find
 from hrm.tasks import Device
 from hrm.workload import WORKLOADS, Workload
 from tests.contracts.selection import chosen

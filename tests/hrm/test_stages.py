@@ -9,6 +9,7 @@ import pytest
 
 from hrm.errors import PolicyError
 from hrm.estimate import Estimate, estimate
+from hrm.gpus import only_gpus
 from hrm.hardware import GpuCard, HardwareProfile, Host, Link, LinkKind
 from hrm.latency import Latency
 from hrm.machines import assemble_all, compose
@@ -17,7 +18,7 @@ from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.parallel import shares_for, stage_of
 from hrm.policy import Parallelism, Policy, kv_tokens_for, spread_experts
 from hrm.policy_file import load_policy_file, policy_file_of, save_policy_file
-from hrm.search import Space, search, ways
+from hrm.search import Space, search, way
 from hrm.tasks import Device
 from hrm.workload import WORKLOADS, Workload
 from tests.contracts.selection import chosen
@@ -321,8 +322,8 @@ def test_gpus_that_hardly_differ_are_like_equal_ones():
     nearly = replace(SLOW, name="nearly")
     unequal, equal = machine(SLOW, nearly), assemble_all([(2, SLOW)], host())
     assert (len(unequal.gpus), equal.gpus) == (2, ())
-    for way in Parallelism:
-        rates = [search(space(one, way, quick=True)).tokens_per_s for one in (unequal, equal)]
+    for shared in Parallelism:
+        rates = [search(space(one, shared, quick=True)).tokens_per_s for one in (unequal, equal)]
         # A stage that stands for all has the LM head, which takes less here than handing hidden states on.
         assert rates[0] == pytest.approx(rates[1], rel=5e-2)
 
@@ -351,9 +352,9 @@ def test_a_policy_of_some_gpus_is_that_of_the_machine_with_these():
 @pytest.mark.parametrize("gpus", [(2,), (1, 0), (0, 0), (-1,)])
 def test_gpus_that_a_machine_has_not_are_refused(gpus):
     policy = replace(a_policy(SPEC, ()), gpus=gpus, parallelism=Parallelism.TENSOR)
-    with pytest.raises(PolicyError, match=r"gpus is .*must be numbers of unequal GPUs"):
+    with pytest.raises(PolicyError, match=r"gpus is .*must be numbers of GPUs, ascending"):
         plan_memory(SPEC, policy, machine(FAST, SLOW))
-    with pytest.raises(PolicyError, match="has 0"):
+    with pytest.raises(PolicyError, match="has 2"):
         plan_memory(SPEC, policy, assemble_all([(2, SLOW)], host()))
 
 
@@ -363,11 +364,11 @@ def test_no_gpu_makes_a_machine_slower():
     alone = [search(space(machine(each), quick=True)).tokens_per_s for each in (one, other)]
     assert both.tokens_per_s >= 0.998 * max(alone)
     best = both.require()
-    (chosen,) = (way.best for way in both.ways if way.is_of(best.policy))
-    rates = [way.best.tokens_per_s for way in both.ways if way.best is not None]
+    (chosen,) = (one.best for one in both.ways if one.is_of(best.policy))
+    rates = [one.best.tokens_per_s for one in both.ways if one.best is not None]
     assert chosen is not None
     assert best.tokens_per_s == chosen.tokens_per_s >= 0.998 * max(rates)
-    assert [way.gpus for way in both.ways] == [(), (), (), (0,), (1,)]
+    assert [one.gpus for one in both.ways][:3] == [(), (), ()]
 
 
 def test_a_gpu_that_only_holds_up_the_others_is_left_out():
@@ -378,6 +379,40 @@ def test_a_gpu_that_only_holds_up_the_others_is_left_out():
 
 
 # --------------------------------------------------------------------------- GPUs that are alike
+
+
+@pytest.mark.parametrize(
+    ("model", "count", "gpu", "fewer"),
+    [("dbrx", 3, "T4", 2), ("mixtral-8x22b", 3, "T4", 2), ("qwen3-30b-a3b", 5, "A100-80G", 4)],
+)
+def test_more_gpus_than_divide_a_model_give_no_less_than_those_that_do(model, count, gpu, fewer):
+    spec, workload = BUILT_IN_MODELS[model], WORKLOADS["mtbench"]
+    more, less = (search(Space(spec, compose(f"{number}x{gpu}"), workload)) for number in (count, fewer))
+    assert more.tokens_per_s >= 0.998 * less.tokens_per_s
+    assert more.bound_tokens_per_s >= less.tokens_per_s
+    policy = more.require().policy
+    assert policy.gpus == tuple(range(fewer))
+    alone = estimate(spec, replace(policy, gpus=()), compose(f"{fewer}x{gpu}"), workload)
+    assert more.tokens_per_s == pytest.approx(alone.tokens_per_s, rel=1e-3)  # links are limited as those of all are
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_number_of_equal_gpus_is_worse_than_a_smaller_one(seed):
+    random = Random(seed)
+    figures = {name: random.uniform(least, most) for name, least, most in (("moves", 2e8, 4e9), ("flops", 1e11, 1e13))}
+    rates = [search(space(equal(count, **figures), quick=True)).tokens_per_s for count in (1, 2, 3)]
+    assert rates == pytest.approx(sorted(rates), rel=2e-3)
+
+
+@pytest.mark.parametrize(("gpus", "some"), [("3xT4", (0, 2)), ("8xH100", (0, 1, 2, 3)), ("8xH100", (5,))])
+def test_fewer_equal_gpus_have_links_and_memory_of_so_many(gpus, some):
+    count, name = gpus.split("x", 1)
+    whole, less = compose(gpus), compose(f"{len(some)}x{name}")
+    fewer = only_gpus(whole, some)
+    assert fewer.num_gpus == len(some) < int(count)
+    assert fewer.top.usable_bytes == pytest.approx(less.top.usable_bytes)
+    assert fewer.h2d.bandwidth_bytes_per_s.at() == pytest.approx(less.h2d.bandwidth_bytes_per_s.at())
+    assert fewer.host == less.host
 
 
 def equal(count: int, cpu_bytes: float = 200e6, **of_card: float) -> HardwareProfile:
@@ -427,6 +462,6 @@ def test_of_equal_gpus_no_lengths_are_better_and_none_is_beyond_the_bound(seed):
 
 def test_lengths_are_not_searched_where_tensor_parallel_is_better_than_any(monkeypatch):
     spec, profile = BUILT_IN_MODELS["glm-4.5-air"], compose("4xRTX-3090", "generic-server")
-    monkeypatch.setattr(ways, "search_lengths", None)
+    monkeypatch.setattr(way, "search_lengths", None)
     found = search(Space(spec, profile, WORKLOADS["mtbench"]))
     assert found.require().policy.parallelism is Parallelism.TENSOR

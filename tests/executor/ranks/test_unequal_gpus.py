@@ -155,6 +155,22 @@ def test_one_gpu_alone_is_run_in_one_process(spec):
     assert for_rank(AcceleratorOptions(name="cuda"), 0, 1, (2,)).name == "cuda:2"
 
 
+def test_fewer_of_equal_gpus_are_as_many_ranks(spec):
+    host = Host(
+        name="host",
+        level=level("cpu", 40e6),
+        staging=link("cpu", "cpu", 1e10, kind="staging"),
+        root_port_bytes_per_s=rate(1e12),
+        max_gpus=3,
+    )
+    three = replace(assemble_all([(3, CARDS[0])], host), accelerator="emulated")
+    policy = policy_for(spec, parallelism=Parallelism.TENSOR, stage_lengths=(), gpus=(0, 1))
+    files = files_of_ranks(replace(policy, profile=three))
+    assert [one.model.ranks for one in files] == [2, 2]
+    assert files[0].profile.top.usable_bytes == pytest.approx(2e6)
+    assert files[0].profile.host.usable_bytes == pytest.approx(20e6)
+
+
 @pytest.mark.parametrize(("named", "own"), [("cuda", "023"), ("cuda:1", "134"), ("cuda:5,6,9", "569")])
 def test_devices_have_the_numbers_of_the_gpus_that_are_used(named, own):
     options = AcceleratorOptions(name=named)
