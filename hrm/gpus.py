@@ -83,9 +83,8 @@ def smaller_sets(profile: HardwareProfile) -> list[tuple[int, ...]]:
     sizes = range(1, len(first) + 1) if len(first) <= MOST_KINDS else (1, len(first))
     kept = [set(some) for size in sizes for some in combinations(first, size)]
     sets = [tuple(gpu for gpu, kind in enumerate(kinds) if kind in some) for some in kept]
-    fewer = [
-        gpus[:count] for gpus, some in zip(sets, kept, strict=True) if len(some) == 1 for count in range(1, len(gpus))
-    ]
+    of_one_kind = [gpus for gpus, some in zip(sets, kept, strict=True) if len(some) == 1]
+    fewer = [gpus[:count] for gpus in of_one_kind for count in _smaller_counts(len(gpus))]
     return sorted((gpus for gpus in {*sets, *fewer} if len(gpus) < len(kinds)), key=lambda gpus: (-len(gpus), gpus))
 
 

@@ -136,14 +136,16 @@ class _Choosing:
         return predicted
 
 
-def simulated_above(space: Space, best_tokens_per_s: float, policies: Iterable[Policy]) -> list[Estimate]:
+def simulated_above(
+    space: Space, best_tokens_per_s: float, policies: Iterable[Policy], most: int | None = None
+) -> list[Estimate]:
     """What policies do that fit and meet the limits, without those that are shown to be slower than the best is.
 
-    The most promising are first, so that the best rules the others out.
+    The most promising are first, so that the best rules the others out, and no more than so many are looked at.
     """
     found: list[Estimate] = []
     prospects = [space.prospect(policy) for policy in policies]
-    for prospect in sorted(prospects, key=lambda prospect: -prospect.at_most_tokens_per_s):
+    for prospect in sorted(prospects, key=lambda prospect: -prospect.at_most_tokens_per_s)[:most]:
         predicted = prospect.above(best_tokens_per_s * (1 - TIE))
         if predicted is not None and predicted.memory.fits and space.limits.are_met(predicted.latency):
             found.append(predicted)

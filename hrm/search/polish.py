@@ -18,6 +18,7 @@ from hrm.search.fit import Ints
 from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
 from hrm.search.lattice import LEAST_CHUNK_TOKENS, ChunkRange, levelled, limits, rounded
 from hrm.search.longest import with_longest_chunks
+from hrm.search.result import OPTIMAL_GAP
 from hrm.search.scores import score_of, scores
 from hrm.search.solver import Found
 from hrm.search.space import Kind, KvPlace, Space
@@ -30,6 +31,8 @@ _SIZES: Final = (0.9, 0.95, 0.98, 1.02, 1.05, 1.1)
 _NEAREST: Final = (-1, 1)  # and what is added to them
 _CHUNKS: Final = (0.12, 0.18, 0.25, 0.35, 0.5, 0.6, 0.7, 0.85, 1.2, 1.5, 2.0)
 _OF_WHOLE_LAYERS: Final = 0.05  # by which they may be better than the closed form, which knows means, has them
+_MUCH: Final = 0.05  # that waits cost the best of its closed form
+_AT_LAST: Final = 6  # of what is near others, that are simulated
 _KV_SHARE: Final = 0.05  # of the KV cache that is moved to the GPU, or away from it
 
 
@@ -40,33 +43,39 @@ def polished(space: Space, found: Found) -> tuple[Estimate, ...]:
     projections lie and prefill computes experts are changed one at a time; what then does not fit has shorter chunks.
     That is simulated if it is better in closed form than all that was found or, where waits cost the best more than
     a thousandth or two, than what it does: the most promising first, as those that cannot be better than the best that
-    is known are not simulated. What was slower once is not tried again.
+    is known are not simulated. What was slower once is not tried again. Where nothing near the best is better and
+    waits cost much, the most promising near others that are nearly as good are tried before the end.
     """
     ranking: Sequence[Estimate] = found.ranked
     new = ranking
     tried = {*found.slower, *(predicted.policy for predicted in ranking)}
+    within = CLOSE
     for _ in range(ROUNDS if ranking else 0):
         best = max(predicted.tokens_per_s for predicted in ranking)  # the first may be a smaller one of near ties
         known = max(best, space.known_tokens_per_s)
         # The greatest closed form is of residents in all layers alike.
         waits = best < found.greatest_tokens_per_s * (1 - CLOSE) or not _is_even(space, ranking[0].policy)
         enough = (known if waits else max(known, found.greatest_tokens_per_s)) * (1 + TIE)
-        near = chain.from_iterable(_near(space, centre, enough) for centre in _centres(ranking))
+        near = chain.from_iterable(_near(space, centre, enough) for centre in _centres(ranking, within))
         untried = dict.fromkeys(policy for policy in (*_in_layers(space, new, best), *near) if policy not in tried)
         tried.update(untried)
-        new = simulated_above(space, known, untried)
+        new = simulated_above(space, known, untried, _AT_LAST if within > CLOSE else None)
         ranking = ranked([*ranking, *new])
-        if max((predicted.tokens_per_s for predicted in new), default=0.0) <= best * (1 + TIE):
+        if max((predicted.tokens_per_s for predicted in new), default=0.0) > best * (1 + TIE):
+            within = CLOSE
+        elif within == CLOSE and best < found.greatest_tokens_per_s * (1 - _MUCH):
+            within = OPTIMAL_GAP
+        else:
             break
     return ranking
 
 
-def _centres(found: Sequence[Estimate]) -> list[Policy]:
+def _centres(found: Sequence[Estimate], within: float) -> list[Policy]:
     """The best policies with all of the cache on the GPU, some of it, and none: waits may cost these unlike much.
 
-    So may they where projections lie elsewhere, which are centres, too, if they are about as good as the best.
+    So may they where projections lie elsewhere, which are centres, too, if they are as good as the best to `within`.
     """
-    nearly = found[0].tokens_per_s * (1 - CLOSE)
+    nearly = found[0].tokens_per_s * (1 - within)
     worst_first = found[::-1]
     best = {Kind.of_policy(one.policy).kv: one.policy for one in worst_first}
     others = {one.policy.resident_dense: one.policy for one in worst_first if one.tokens_per_s >= nearly}
