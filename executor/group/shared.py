@@ -95,14 +95,20 @@ class SharedMemory:
     def allreduce(self, tensors: Sequence[Tensor]) -> "SharedMemory":
         """Add up in place, in the order of ranks."""
         for tensor in tensors:
-            flat, dtype = tensor.view(-1), DTYPES.get(tensor.dtype)
-            threads = torch.get_num_threads()
-            for part in flat.split(PIECE_BYTES // flat.itemsize):
-                if dtype is None:  # whole numbers
-                    torch.sum(torch.stack(self._all(part)), 0, out=part)
-                else:
-                    self._ranks.sum(self._path, dtype, part.data_ptr(), len(part), part.nbytes, threads, self._look)
+            if tensor.nbytes <= PIECE_BYTES:  # most are of few numbers: views of them take longer than they do
+                self._sum(tensor)
+                continue
+            for part in tensor.view(-1).split(PIECE_BYTES // tensor.itemsize):
+                self._sum(part)
         return self
+
+    def _sum(self, part: Tensor) -> None:
+        dtype = DTYPES.get(part.dtype)
+        if dtype is None:  # whole numbers
+            torch.sum(torch.stack(self._all(part)), 0, out=part)
+            return
+        threads = torch.get_num_threads()
+        self._ranks.sum(self._path, dtype, part.data_ptr(), part.numel(), part.nbytes, threads, self._look)
 
     def alltoall_base(
         self, received: Tensor, rows: Tensor, received_counts: Sequence[int], counts: Sequence[int]

@@ -14,7 +14,6 @@
 #endif
 
 #include "calls.hpp"
-#include "threads.hpp"
 
 namespace native {
 namespace {
@@ -22,6 +21,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr int64_t LINE = 64;                    // bytes that processors hand over at once
+constexpr std::chrono::microseconds YIELDING{300};  // a few times as long as a thread takes to wake up
 constexpr std::chrono::milliseconds LOOK{20};    // after which a waiting rank looks whether the other is still there
 
 // Sleep until somebody wakes those who wait at `count`, unless it is no longer `seen`, or until it is time to look.
@@ -86,11 +86,13 @@ class Ranks {
         return static_cast<int32_t>(static_cast<uint32_t>(count) - static_cast<uint32_t>(turn_)) >= 0;
     }
 
-    // Awake for about as long as waking up takes, and asleep from then on: of a rank's few cores its other threads
-    // have need meanwhile.
+    // Awake at first, but letting the rank's other threads have the core whenever one has need of it, and then asleep.
     void wait_for(int other, nb::handle look) const {
         const Clock::time_point begin = Clock::now();
-        if (has_come(other) || awake_until([&] { return has_come(other); })) return;
+        while (Clock::now() < begin + YIELDING) {
+            if (has_come(other)) return;
+            std::this_thread::yield();
+        }
         while (true) {
             const int32_t seen = count_of(other)->load(std::memory_order_acquire);
             if (has_come(other)) return;

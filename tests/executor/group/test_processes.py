@@ -20,7 +20,8 @@ from tests.executor.runtime.device_tensor import DeviceTensor, WithDevice
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_what_ranks_do_together(size):
     found = in_ranks(size, do_all)
-    for rank, (sums, shares, gathered, agreed, told, collected) in enumerate(found):
+    for rank, (sums, is_sum_of_pieces, shares, gathered, agreed, told, collected) in enumerate(found):
+        assert is_sum_of_pieces
         for (dtype, shape), total in sums.items():
             terms = [summand(other, dtype, shape).double() for other in range(size)]
             eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0
