@@ -103,6 +103,7 @@ class SharedMemory:
         return self
 
     def _sum(self, part: Tensor) -> None:
+        assert part.is_contiguous()
         dtype = DTYPES.get(part.dtype)
         if dtype is None:  # whole numbers
             torch.sum(torch.stack(self._all(part)), 0, out=part)
