@@ -6,6 +6,7 @@ from typing import Final, NamedTuple
 
 from hrm import operators
 from hrm.acts import Load
+from hrm.contention import ALONE, Stretch
 from hrm.contract.rows import INTEGER_BYTES, LOGIT_BYTES
 from hrm.contract.temporaries import skips_in_last_layer
 from hrm.formats import Formats
@@ -43,21 +44,6 @@ class Runtime:
 
 
 EXECUTOR: Final = Runtime()
-
-
-class Stretch(NamedTuple):
-    """How many times their seconds tasks take because of others: at the host's memory, on cores that lanes share."""
-
-    at_memory: float = 1.0
-    on_cores: float = 1.0
-
-    def of(self, act: Act) -> float:
-        """That of an act's tasks; sums were timed among the tasks of other lanes."""
-        at_memory = 1.0 if act.lane is Lane.GPU else self.at_memory
-        return at_memory * (self.on_cores if act.computes else 1.0)
-
-
-ALONE: Final = Stretch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,15 +212,17 @@ class Costs:
         """Pageable to pinned memory, within the host."""
         return self._over(self.profile.host, self.profile.host, "staging", num_bytes)
 
-    def host_memory(self, *, moved_bytes: Number, read_bytes: Number) -> Number:
-        """Seconds that the host's memory needs for all its users together.
+    def accessed_bytes(self, act: Act, load: Load, moved_bytes: Number) -> Number:
+        """What a task that moves so much reads and writes in the host's memory; nothing where all is on one level."""
+        if act.lane is Lane.GPU or not self.profile.has_accelerator:
+            return 0
+        if act.lane.is_link:
+            return self.profile.host_accesses_a_transferred_byte * moved_bytes
+        return act.host_bytes(load)
 
-        `moved_bytes` cross a link and `read_bytes` are read or written by the processor.
-        """
-        if not self.profile.has_accelerator:
-            return 0 * moved_bytes
-        accesses = self.profile.host_accesses_a_transferred_byte * moved_bytes + read_bytes
-        return accesses / self.profile.host.together_bytes_per_s
+    def host_memory(self, accessed_bytes: Number) -> Number:
+        """Seconds that the host's memory needs at least to read and write so much."""
+        return accessed_bytes / self.profile.host.together_bytes_per_s
 
     @property
     def hand_over_s(self) -> float:
@@ -288,6 +276,13 @@ class Costs:
         if not self.profile.has_accelerator:
             return 0 * num_bytes
         return self.profile.link(source.name, target.name, kind).seconds(num_bytes)
+
+
+class TaskSeconds(NamedTuple):
+    """What a task takes by itself, and how long the host's memory needs for what it accesses."""
+
+    alone_s: float
+    at_memory_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -349,30 +344,39 @@ class TaskWork:
         return float(placement.bytes_at(Place.STREAMED, ((self.kind(layer), 1),), self.resident_experts[layer]))
 
     def seconds_of(self) -> Callable[[TaskId], float]:
-        """A function from task to seconds; tasks alike are worked out once."""
-        forms: dict[tuple[Layer, float, bool], tuple[Load, dict[Act, float]]] = {}
+        """A function from task to seconds, among others; tasks alike are worked out once."""
+        alone_of = self.alone()
+        return lambda task: self.stretch.seconds(task.act, *alone_of(task))
+
+    def alone(self) -> Callable[[TaskId], TaskSeconds]:
+        """A function from task to what it takes without others."""
+        forms: dict[tuple[Layer, float, bool], tuple[Load, dict[Act, TaskSeconds]]] = {}
         last = self.pipeline.num_layers - 1
-        known: list[tuple[Load, dict[Act, float]]] = []
+        known: list[tuple[Load, dict[Act, TaskSeconds]]] = []
         for layer, resident in enumerate(self.resident_experts):
             form = self.kind(layer), resident, layer == last
             if form not in forms:
                 forms[form] = self._load(layer), {}
             known.append(forms[form])
-        alike: dict[tuple[Act, Layer, bool, float, int], float] = {}
+        alike: dict[tuple[Act, Layer, bool, float, int], TaskSeconds] = {}
 
-        def of_kind(act: Act, load: Load, num_bytes: int) -> float:
+        def of_task(act: Act, load: Load, num_bytes: int) -> TaskSeconds:
+            accessed = self.costs.accessed_bytes(act, load, num_bytes)
+            return TaskSeconds(float(act.seconds(load, num_bytes)), float(self.costs.host_memory(accessed)))
+
+        def of_kind(act: Act, load: Load, num_bytes: int) -> TaskSeconds:
             if act.by_residents:
-                return float(act.seconds(load, num_bytes))
+                return of_task(act, load, num_bytes)
             same = act, load.kind, load.is_last, float(load.gpu_experts), num_bytes
             if same not in alike:
-                alike[same] = float(act.seconds(load, num_bytes))
+                alike[same] = of_task(act, load, num_bytes)
             return alike[same]
 
-        def seconds(task: TaskId) -> float:
+        def seconds(task: TaskId) -> TaskSeconds:
             load, of_layer = known[task.layer]
             act = task.act
             if act not in of_layer:
-                of_layer[act] = of_kind(act, load, _moved_bytes(act, load)) * self.stretch.of(act)
+                of_layer[act] = of_kind(act, load, _moved_bytes(act, load))
             return of_layer[act]
 
         return seconds

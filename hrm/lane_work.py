@@ -1,29 +1,30 @@
 """What the tasks of a phase take in closed form, for one policy or a grid of them: by act, and by lane."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from math import sqrt
 from typing import Final, NamedTuple
 
 from hrm.acts import Counts, Load
-from hrm.costs import Costs, Stretch
+from hrm.contention import Contention, Stretch
+from hrm.costs import Costs
 from hrm.numeric import Number, is_zero, maximum
 from hrm.tasks import Act, Lane
 
 CHAIN: Final = len(Lane) + 1  # the place of the chain among `PhaseSeconds.terms`
 _NEARLY_NOTHING_S: Final = 1e-12
-_NEARLY_NOTHING: Final = 1e-12  # of a phase: what the lanes that use the host's memory take at least beside it
 
 
 class PhaseSeconds(NamedTuple):
     """Seconds of a decode step or of prefill: of the tasks of each act, of each lane, of the host's memory, as a chain.
 
-    A micro-batch or chunk goes through a chain of tasks in every layer, and only so many are under way at once.
+    `at_memory` are those that the host's memory needs for the tasks of each act that use it. A micro-batch or chunk
+    goes through a chain of tasks in every layer, and only so many are under way at once.
     `cores_s` is what lanes take that share cores, if it is known, and `running_s` the part of it that is running tasks.
     """
 
     acts: dict[Act, Number]
     lanes: dict[Lane, Number]
+    at_memory: dict[Act, Number]
     host_memory_s: Number
     chain_s: Number
     cores_s: Number | None = None
@@ -40,69 +41,47 @@ class PhaseSeconds(NamedTuple):
         return () if self.cores_s is None else (self.cores_s,)
 
     @property
-    def stretch(self) -> Stretch:
-        """How much longer tasks take because of others.
+    def bound_s(self) -> float:
+        """What it takes at least if all lanes overlap perfectly."""
+        return float(max(*self.lanes.values(), self.host_memory_s, *self.shared_cores))
 
-        On cores that lanes share tasks have what running all of them leaves, of as long as the phase takes at least.
-        """
-        if self.cores_s is None:
-            return Stretch(self._at_memory)
-        left = 1 - float(self.running_s / max(*self.terms, self.cores_s, _NEARLY_NOTHING_S))
-        return Stretch(self._at_memory, 1 / left if left > 0 else 1.0)
+    @property
+    def contention(self) -> Contention:
+        """What tasks have to share."""
+        of_lanes: dict[Lane, float] = {}
+        for act, seconds in self.at_memory.items():
+            of_lanes[act.lane] = of_lanes.get(act.lane, 0.0) + float(seconds)
+        of_others = sum(sorted(of_lanes.values())[:-1])
+        return Contention(of_others, float(self.running_s), self.bound_s)
 
     def stretched_s(self, stretch: Stretch) -> float:
         """What the phase takes at least where tasks take so much longer: those of each lane, and the chain."""
         lanes, chained_s, alone_s = dict.fromkeys(Lane, 0.0), 0.0, _NEARLY_NOTHING_S
         for act, seconds in self.acts.items():
-            longer_s = stretch.of(act) * float(seconds)
+            longer_s = stretch.seconds(act, float(seconds), float(self.at_memory.get(act, 0.0)))
             lanes[act.lane] += longer_s
             if act.chained:
                 chained_s, alone_s = chained_s + longer_s, alone_s + float(seconds)
         return max(*lanes.values(), float(self.chain_s) * chained_s / alone_s)
 
-    @property
-    def _at_memory(self) -> float:
-        """How much longer work on the host's memory takes because all of it wants more than there is.
-
-        What more it takes than the busiest lane that uses the memory is spread over the time of the phase: as if the
-        others used it at random times. A chain of tasks that takes longer so leaves them more time.
-        """
-        contended = contended_s(self.lanes, self.host_memory_s)
-        if not contended:
-            return 1.0
-        # T = longest, or if that is more, T = apart + together * T / (T - contended).
-        chained = {act: float(seconds) for act, seconds in self.acts.items() if act.chained}
-        on_gpu = sum(seconds for act, seconds in chained.items() if act.lane is Lane.GPU)
-        apart = float(self.chain_s) * on_gpu / max(sum(chained.values()), _NEARLY_NOTHING_S)
-        half = (contended + float(self.chain_s)) / 2
-        of_chain = half + sqrt(max(half**2 - apart * contended, 0.0))
-        phase_s = max(*(float(seconds) for seconds in self.lanes.values()), float(self.host_memory_s), of_chain)
-        return phase_s / max(phase_s - contended, _NEARLY_NOTHING * phase_s)
-
-
-def contended_s(lanes: Mapping[Lane, Number], host_memory_s: Number) -> float:
-    """How much longer the host's memory takes for all lanes than for the busiest of those that use it."""
-    using = max(float(seconds) for lane, seconds in lanes.items() if lane is not Lane.GPU)
-    return max(float(host_memory_s) - using, 0.0) if using > 0 else 0.0
-
 
 @dataclass(frozen=True, slots=True)
 class LaneWork:
-    """What all tasks of some acts take and move: seconds by act, bytes over the links, and the CPU's own accesses.
+    """What all tasks of some acts take: seconds by act, and seconds that the host's memory needs for those that use it.
 
     There are `num_tasks` of them.
     """
 
     seconds: dict[Act, Number]
-    moved_bytes: Number = 0
-    host_bytes: Number = 0
+    at_memory: dict[Act, Number]
     num_tasks: Number = 0
 
     @staticmethod
     def of(acts: Iterable[Act], counts: Counts, load: Load) -> "LaneWork":
         """Every act's tasks, each as a mean over the layers."""
         seconds: dict[Act, Number] = {}
-        moved_bytes = host_bytes = num_tasks = 0
+        at_memory: dict[Act, Number] = {}
+        num_tasks: Number = 0
         loads_of: dict[tuple[bool, ...], list[tuple[Number, Load]]] = {}
         for act in acts:
             count = act.count(counts)
@@ -122,30 +101,25 @@ class LaneWork:
             seconds[act] = count * of_all
             # Of what moves nothing there are no tasks: pages of weights that all stay, for one.
             num_tasks = num_tasks + count * (1 if act.lane.computes else num_bytes > 0)
-            if act.lane.is_link:
-                moved_bytes = moved_bytes + count * num_bytes
-            if act.lane is not Lane.GPU and not is_zero(on_host):
-                host_bytes = host_bytes + count * on_host
-        return LaneWork(seconds, moved_bytes, host_bytes, num_tasks)
+            if not is_zero(on_host):
+                at_memory[act] = load.costs.host_memory(count * on_host)
+        return LaneWork(seconds, at_memory, num_tasks)
 
     def __add__(self, other: "LaneWork") -> "LaneWork":
         """Of both, which have no act in common."""
         return LaneWork(
-            {**self.seconds, **other.seconds},
-            self.moved_bytes + other.moved_bytes,
-            self.host_bytes + other.host_bytes,
-            self.num_tasks + other.num_tasks,
+            {**self.seconds, **other.seconds}, {**self.at_memory, **other.at_memory}, self.num_tasks + other.num_tasks
         )
 
     def in_all(self, costs: Costs, under_way: Number) -> PhaseSeconds:
         """The seconds, with so many micro-batches or chunks under way at once."""
-        host_memory_s = costs.host_memory(moved_bytes=self.moved_bytes, read_bytes=self.host_bytes)
+        host_memory_s = sum(self.at_memory.values(), start=0.0)
         lanes: dict[Lane, Number] = dict.fromkeys(Lane, 0.0)
         for act, seconds in self.seconds.items():
             lanes[act.lane] = lanes[act.lane] + seconds
         chain_s = sum(seconds for act, seconds in self.seconds.items() if act.chained) / under_way
         waiting_s = sum(seconds for act, seconds in self.seconds.items() if act.reduces)
-        seconds = PhaseSeconds(self.seconds, lanes, host_memory_s, chain_s)
+        seconds = PhaseSeconds(self.seconds, lanes, self.at_memory, host_memory_s, chain_s)
         running_s = costs.running(self.num_tasks)
         if running_s is None:
             return seconds
@@ -154,9 +128,9 @@ class LaneWork:
 
 
 def _task(act: Act, load: Load) -> tuple[Number, Number, Number]:
-    """Seconds of one task, bytes that it moves, and the CPU's accesses to the host's memory."""
+    """Seconds of one task, bytes that it moves, and bytes that it accesses in the host's memory."""
     num_bytes = act.moves(load)
-    return act.seconds(load, num_bytes), num_bytes, act.host_bytes(load)
+    return act.seconds(load, num_bytes), num_bytes, load.costs.accessed_bytes(act, load, num_bytes)
 
 
 def _loads(load: Load, act: Act, counts: Counts) -> list[tuple[Number, Load]]:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from hrm.closed_form import DecodeStep, Point, sampled_contexts, whole_prefill
-from hrm.costs import ALONE, Costs, Stretch
-from hrm.lane_work import PhaseSeconds, contended_s
+from hrm.contention import UNSHARED, Contention
+from hrm.costs import Costs
+from hrm.lane_work import PhaseSeconds
 from hrm.policy import Policy
 from hrm.tasks import Lane, Phase
 from hrm.workload import Workload
@@ -30,8 +31,8 @@ class PhaseWork:
     `host_memory_s` is what the host's memory needs to serve all of them, `cores_s` what those take that share
     cores, and `all_reduce_s` the part of the GPUs' time in which they exchange sums. `bound_s` is the longest
     of them all, and `in_order_s` what the schedule's order leaves at least: more where lanes work in turn.
-    Tasks take longer by the `stretch`, where together they want more of the host's memory or cores than there is, and
-    the phase with them `stretched_s` at least.
+    Where tasks want more of the host's memory or cores together than there is, which is their `contention`, they take
+    longer, and the phase `stretched_s` at least; `contends` says whether any does.
     """
 
     bound_s: float = 0.0
@@ -41,21 +42,27 @@ class PhaseWork:
     host_memory_s: float = 0.0
     cores_s: float = 0.0
     all_reduce_s: float = 0.0
-    stretch: Stretch = ALONE
+    contention: Contention = UNSHARED
+    contends: bool = False
 
     @staticmethod
     def of(seconds: PhaseSeconds, *, in_order_s: float) -> "PhaseWork":
         """The work in its seconds in closed form."""
-        lanes, host_memory_s, stretch = seconds.lanes, seconds.host_memory_s, seconds.stretch
+        contention = seconds.contention
+        stretch, stretched_s = contention.settled(seconds.stretched_s, contention.least_s)
         return PhaseWork(
-            bound_s=float(max(*lanes.values(), host_memory_s, *seconds.shared_cores)),
+            bound_s=contention.least_s,
             in_order_s=in_order_s,
-            stretched_s=seconds.stretched_s(stretch),
-            lane_s={lane: float(of_lane) for lane, of_lane in lanes.items()},
-            host_memory_s=float(host_memory_s),
+            stretched_s=stretched_s,
+            lane_s={lane: float(of_lane) for lane, of_lane in seconds.lanes.items()},
+            host_memory_s=float(seconds.host_memory_s),
             cores_s=float(sum(seconds.shared_cores)),
             all_reduce_s=float(sum(of_act for act, of_act in seconds.acts.items() if act.reduces)),
-            stretch=stretch,
+            contention=contention,
+            contends=any(
+                stretch.at_memory * float(at_memory_s) * _NEARLY > float(seconds.acts[act])
+                for act, at_memory_s in seconds.at_memory.items()
+            ),
         )
 
     def least_s(self, *, exact: bool) -> float:
@@ -67,11 +74,6 @@ class PhaseWork:
         """Seconds of all that may be the longest: every lane, and the memory and cores that they share."""
         lanes = {lane.value: seconds for lane, seconds in self.lane_s.items()}
         return {**lanes, HOST_MEMORY: self.host_memory_s, CORES: self.cores_s}
-
-    @property
-    def contends(self) -> bool:
-        """Whether lanes want the host's memory at once: it takes longer for all of them than for any."""
-        return contended_s(self.lane_s, self.host_memory_s) > 0
 
     @property
     def longest(self) -> str:
@@ -91,6 +93,7 @@ class PhaseWork:
             host_memory_s=sum(count * work.host_memory_s for count, work in known),
             cores_s=sum(count * work.cores_s for count, work in known),
             all_reduce_s=sum(count * work.all_reduce_s for count, work in known),
+            contends=any(work.contends for _, work in known),
         )
 
 
@@ -99,6 +102,17 @@ def prefill_phase(costs: Costs, policy: Policy, workload: Workload) -> PhaseWork
     point = Point.of_policy(policy, costs.spec)
     seconds = whole_prefill(costs, point, workload)
     return PhaseWork.of(seconds, in_order_s=float(max(*seconds.terms, *seconds.shared_cores)))
+
+
+def step_work(costs: Costs, policy: Policy, context: float, *, active_share: float) -> PhaseWork:
+    """The work of a decode step at a mean context, in which that share of the requests is still generating."""
+    step = DecodeStep.of_point(costs, Point.of_policy(policy, costs.spec), policy.schedule, active_share)
+    return _of_step(step, context)
+
+
+def _of_step(step: DecodeStep, context: float) -> PhaseWork:
+    seconds = step.seconds(context)
+    return PhaseWork.of(seconds, in_order_s=float(max(step.in_order(seconds))))
 
 
 class StepsAlike(NamedTuple):
@@ -115,12 +129,8 @@ def decode_steps(costs: Costs, policy: Policy, workload: Workload) -> list[Steps
         return []
     point = Point.of_policy(policy, costs.spec)
     step = DecodeStep.of_point(costs, point, policy.schedule, workload.active_share)
-    found: list[StepsAlike] = []
-    for context, steps in sampled_contexts(costs.spec, workload).items():
-        seconds = step.seconds(context)
-        work = PhaseWork.of(seconds, in_order_s=float(max(step.in_order(seconds))))
-        found.append(StepsAlike(context, steps, work))
-    return found
+    contexts = sampled_contexts(costs.spec, workload)
+    return [StepsAlike(context, steps, _of_step(step, context)) for context, steps in contexts.items()]
 
 
 def phase_work(phase: Phase, costs: Costs, turns: Sequence[Turn], workload: Workload) -> PhaseWork:

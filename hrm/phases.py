@@ -7,8 +7,9 @@ from math import inf
 from operator import itemgetter
 from typing import Final, NamedTuple
 
-from hrm.closed_form import DecodeStep, Point, whole_prefill
-from hrm.costs import ALONE, Costs, Stretch, TaskWork
+from hrm.contention import ALONE, Stretch
+from hrm.costs import Costs, TaskSeconds, TaskWork
+from hrm.phase_work import PhaseWork, prefill_phase, step_work
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import Pipeline, decode_pipeline, iter_positions, iter_tasks, prefill_pipeline
 from hrm.shortened import shortened
@@ -29,8 +30,7 @@ _STEPS: Final = 3  # of which the one that is timed, between the same layer of t
 _WARM_LAYER: Final = 2  # at whose end the first step is like all others
 _SHORT: Final = 4000  # tasks about of a graph whose order is kept
 _ACT_AND_LAYER: Final = itemgetter(0, 1)  # of a task: those that share both take equally long
-# By the stretch of a work: seconds of its distinct tasks, by their number, which hold in any context.
-_Known = dict[Stretch, dict[int, float]]
+_Known = dict[int, TaskSeconds]  # of the distinct tasks of a work, by their number, what holds in any context
 
 
 def decode_work(
@@ -46,14 +46,12 @@ def decode_work(
     """Bytes and seconds of the tasks of `num_steps` decode steps at a mean context.
 
     `tokens` is the mean number of active requests in a micro-batch; by default they all are. The
-    tasks are those of `shape`, if it is given: the same policy over fewer micro-batches. `stretch`
-    is worked out unless it is known.
+    tasks are those of `shape`, if it is given: the same policy over fewer micro-batches. The `stretch`
+    is that of steps that are simulated, unless it is known.
     """
-    whole = policy.batch_size / policy.num_micro_batches
-    tokens = whole if tokens is None else tokens
+    tokens = policy.batch_size / policy.num_micro_batches if tokens is None else tokens
     if stretch is None:
-        point = Point.of_policy(policy, costs.spec)
-        stretch = DecodeStep.of_point(costs, point, policy.schedule, tokens / whole).seconds(context).stretch
+        [(stretch, _)] = _steps(costs, policy, {context: _step_work(costs, policy, context, tokens)}, tokens)
     return TaskWork(
         costs=costs,
         policy=policy,
@@ -76,12 +74,13 @@ def prefill_work(
     """Bytes and seconds of the tasks of one batch's prefill.
 
     The tasks are those of `shape`, if it is given, and of at most `max_chunks` chunks; each chunk
-    is of as many tokens as if there were all of them. `stretch` is worked out unless it is known.
+    is of as many tokens as if there were all of them. The `stretch` is that of prefill when it is
+    simulated, unless it is known.
     """
     tokens = policy.batch_size * workload.prompt_len
     num_chunks = int(workload.chunks(policy.batch_size, policy.prefill_chunk_tokens))
     if stretch is None:
-        stretch = whole_prefill(costs, Point.of_policy(policy, costs.spec), workload).stretch
+        stretch, _ = _prefill(costs, policy, workload, prefill_phase(costs, policy, workload))
     return TaskWork(
         costs=costs,
         policy=policy,
@@ -104,47 +103,71 @@ def step_seconds(costs: Costs, policy: Policy, context: float, *, tokens: float 
 
     `tokens` is the mean number of active requests in a micro-batch; by default they all are.
     """
-    whole = policy.batch_size / policy.num_micro_batches
-    active_share = 1.0 if tokens is None else tokens / whole
-    point = Point.of_policy(policy, costs.spec)
-    stretch = DecodeStep.of_point(costs, point, policy.schedule, active_share).seconds(context).stretch
-    return steps_seconds(costs, policy, {context: stretch}, tokens=tokens)[0]
+    tokens = policy.batch_size / policy.num_micro_batches if tokens is None else tokens
+    return steps_seconds(costs, policy, {context: _step_work(costs, policy, context, tokens)}, tokens=tokens)[0]
 
 
-def steps_seconds(
-    costs: Costs, policy: Policy, stretches: Mapping[float, Stretch], *, tokens: float | None = None
-) -> list[float]:
-    """The same at each of some mean contexts, for which it is known how far tasks are stretched.
+def _step_work(costs: Costs, policy: Policy, context: float, tokens: float) -> PhaseWork:
+    return step_work(costs, policy, context, active_share=tokens * policy.num_micro_batches / policy.batch_size)
+
+
+def steps_seconds(costs: Costs, policy: Policy, works: Mapping[float, PhaseWork], *, tokens: float) -> list[float]:
+    """The same at each of some mean contexts, of which the work in closed form is known.
 
     Of very many micro-batches, each that is simulated stands for several.
     """
+    return [seconds for _, seconds in _steps(costs, policy, works, tokens)]
+
+
+def _steps(
+    costs: Costs, policy: Policy, works: Mapping[float, PhaseWork], tokens: float
+) -> list[tuple[Stretch, float]]:
+    """How far tasks are stretched in steps, and how long these take."""
     shape, in_one, pages_in_one = _simulated_shape(policy)
     known: _Known = {}
 
-    def seconds(work: TaskWork) -> float:
-        walk = _walked(work, in_one, pages_in_one, known)
-        warm = _warm_layer(work.pipeline)
-        steady_s = walk.layer_end_s(warm, step=1) - walk.layer_end_s(warm)
-        return steady_s + short.left_out_s(lambda layer: walk.layer_s(layer, step=int(layer <= warm)))
+    def of_context(context: float, closed: PhaseWork) -> tuple[Stretch, float]:
+        walks = _Walks(replace(short.work, context=context), in_one, pages_in_one, known)
 
-    first = next(iter(stretches), 0.0)
+        def seconds(stretch: Stretch) -> float:
+            walk = walks.stretched(stretch)
+            steady_s = walk.layer_end_s(warm, step=1) - walk.layer_end_s(warm)
+            return steady_s + short.left_out_s(lambda layer: walk.layer_s(layer, step=int(layer <= warm)))
+
+        return closed.contention.settled(seconds, closed.stretched_s)
+
+    first = next(iter(works), 0.0)
     work = decode_work(costs, policy, first, num_steps=_STEPS, tokens=tokens, shape=shape, stretch=ALONE)
     short = shortened(work, MAX_TASKS / _OF_DECODE / _tasks_a_layer(work.pipeline))
-    return [seconds(replace(short.work, context=context, stretch=stretch)) for context, stretch in stretches.items()]
+    warm = _warm_layer(short.work.pipeline)
+    return [of_context(context, closed) for context, closed in works.items()]
 
 
-def prefill_seconds(costs: Costs, policy: Policy, workload: Workload, *, stretch: Stretch | None = None) -> float:
-    """Simulated seconds of one batch's prefill; of very many chunks, each stands for several."""
+def prefill_seconds(costs: Costs, policy: Policy, workload: Workload, *, work: PhaseWork | None = None) -> float:
+    """Simulated seconds of one batch's prefill; of very many chunks, each stands for several.
+
+    Its `work` in closed form is worked out unless it is known.
+    """
+    return _prefill(costs, policy, workload, prefill_phase(costs, policy, workload) if work is None else work)[1]
+
+
+def _prefill(costs: Costs, policy: Policy, workload: Workload, closed: PhaseWork) -> tuple[Stretch, float]:
+    """How far tasks are stretched in prefill, and how long it takes."""
     shape, _, pages_in_one = _simulated_shape(policy)
     tasks_a_chunk = _TASKS_A_CHUNK + _tasks_of_parts(policy.parts(costs.spec, Phase.PREFILL))
     affordable = min(MAX_CHUNKS, max(_MIN_CHUNKS, _MAX_TASKS_A_LAYER // tasks_a_chunk))
-    work = prefill_work(costs, policy, workload, shape=shape, max_chunks=affordable, stretch=stretch)
+    work = prefill_work(costs, policy, workload, shape=shape, max_chunks=affordable, stretch=ALONE)
     in_one = float(workload.chunks(policy.batch_size, policy.prefill_chunk_tokens)) / work.pipeline.num_micro_batches
     tasks_a_layer = tasks_a_chunk * work.pipeline.num_micro_batches
     tasks_a_layer += work.pipeline.num_pages * any(work.pipeline.streamed)
     short = shortened(work, MAX_TASKS / tasks_a_layer)
-    walk = _walked(short.work, in_one, pages_in_one)
-    return max(walk.end_s) + short.left_out_s(walk.layer_s)
+    walks = _Walks(short.work, in_one, pages_in_one, {})
+
+    def seconds(stretch: Stretch) -> float:
+        walk = walks.stretched(stretch)
+        return max(walk.end_s) + short.left_out_s(walk.layer_s)
+
+    return closed.contention.settled(seconds, closed.stretched_s)
 
 
 def _tasks_a_layer(pipeline: Pipeline) -> int:
@@ -191,31 +214,42 @@ class _Walk(NamedTuple):
         return self.layer_end_s(layer, step) - self.layer_end_s(layer - 1, step)
 
 
-def _walked(work: TaskWork, in_one: float, pages_in_one: float, known: _Known | None = None) -> _Walk:
-    """When the tasks of a phase end; quicker than `simulate_work`.
+class _Walks:
+    """The tasks of a phase, walked with one stretch or another; quicker than `simulate_work`.
 
     A micro-batch or chunk of the work stands for `in_one` of them, and so takes that much longer; a
     page of weights for `pages_in_one` smaller ones, if there are several. What is `known` is of works
-    that differ from this one in their stretch and context only; what is worked out joins it.
+    that differ from this one in their context only; what is worked out joins it.
     """
-    pipeline = work.pipeline
-    pages_in_one = pages_in_one if pipeline.num_pages > 1 else 1.0
-    shared = work.costs.shared_cores
-    order = _order(pipeline, work.policy.schedule, whole=shared is not None)
-    pages = round(pipeline.num_pages * pages_in_one)
-    if pages != pipeline.num_pages:
-        work = replace(work, pipeline=replace(pipeline, num_pages=pages))
-    seconds_of = work.seconds_of()
-    others = {} if known is None else known.setdefault(work.stretch, {})
-    seconds: list[float] = []
-    for number, task_id in enumerate(order.distinct):
-        of_task = others.get(number)
-        if of_task is None:
-            of_task = seconds_of(task_id) * (pages_in_one if task_id.act.of_pages else in_one)
-            if not task_id.act.attends:
-                others[number] = of_task
-        seconds.append(of_task)
-    return _Walk(order, end_times(order, seconds, work.costs.hand_over_s, shared))
+
+    def __init__(self, work: TaskWork, in_one: float, pages_in_one: float, known: _Known) -> None:
+        pipeline = work.pipeline
+        pages_in_one = pages_in_one if pipeline.num_pages > 1 else 1.0
+        self._hand_over_s, self._shared = work.costs.hand_over_s, work.costs.shared_cores
+        self._order = _order(pipeline, work.policy.schedule, whole=self._shared is not None)
+        pages = round(pipeline.num_pages * pages_in_one)
+        if pages != pipeline.num_pages:
+            work = replace(work, pipeline=replace(pipeline, num_pages=pages))
+        alone_of, self._alone = work.alone(), list[TaskSeconds]()
+        for number, task_id in enumerate(self._order.distinct):
+            of_task = known.get(number)
+            if of_task is None:
+                times = pages_in_one if task_id.act.of_pages else in_one
+                alone_s, at_memory_s = alone_of(task_id)
+                of_task = TaskSeconds(times * alone_s, times * at_memory_s)
+                if not task_id.act.attends:
+                    known[number] = of_task
+            self._alone.append(of_task)
+        self._walked: tuple[list[float], _Walk] | None = None
+
+    def stretched(self, stretch: Stretch) -> _Walk:
+        """When tasks end; the last walk again, where no task is stretched any further."""
+        distinct = zip(self._order.distinct, self._alone, strict=True)
+        seconds = [stretch.seconds(task_id.act, *alone) for task_id, alone in distinct]
+        if self._walked is None or self._walked[0] != seconds:
+            ends = end_times(self._order, seconds, self._hand_over_s, self._shared)
+            self._walked = seconds, _Walk(self._order, ends)
+        return self._walked[1]
 
 
 def _order(pipeline: Pipeline, schedule: ScheduleName, *, whole: bool) -> Order:

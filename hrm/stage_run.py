@@ -83,14 +83,14 @@ def total(turns: Sequence[Turn], phases: Sequence[PhaseEstimate]) -> PhaseEstima
 
 def _prefill(costs: Costs, policy: Policy, workload: Workload, work: PhaseWork) -> PhaseEstimate:
     """Prefill of one batch, of which that is the work."""
-    simulated_s = prefill_seconds(costs, policy, workload, stretch=work.stretch)
+    simulated_s = prefill_seconds(costs, policy, workload, work=work)
     return PhaseEstimate(seconds=costs.prefills_in_turn * max(simulated_s, work.bound_s), work=work)
 
 
 def _decode(costs: Costs, policy: Policy, workload: Workload, steps: Sequence[StepsAlike]) -> PhaseEstimate:
     """Decode of one batch, of whose steps that is the work."""
     active = workload.active_share * policy.batch_size / policy.num_micro_batches
-    simulated_s = steps_seconds(costs, policy, {step.context: step.work.stretch for step in steps}, tokens=active)
+    simulated_s = steps_seconds(costs, policy, {step.context: step.work for step in steps}, tokens=active)
     # A model of one layer is not yet in its steady state when the steps are taken, and long ones are shortened.
     seconds = sum(step.steps * max(step.work.bound_s, s) for step, s in zip(steps, simulated_s, strict=True))
     return PhaseEstimate(seconds=seconds, work=PhaseWork.total((step.steps, step.work) for step in steps))

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from hrm.closed_form import DecodeStep, Point, batch_seconds, phases_of_batches, prefill_terms, whole_prefill
-from hrm.costs import ALONE, Costs
+from hrm.contention import ALONE
+from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.estimate import Prospect, estimate
 from hrm.formats import Formats

@@ -6,7 +6,8 @@ from random import Random
 import pytest
 import torch
 
-from hrm.costs import ALONE, Costs, TaskWork
+from hrm.contention import ALONE
+from hrm.costs import Costs, TaskWork
 from hrm.errors import PolicyError
 from hrm.formats import ALIGNMENT_BYTES, FORMATS, SCALED_KV_FORMATS, Formats, kv_format
 from hrm.model_spec import ModelSpec

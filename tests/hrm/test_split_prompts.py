@@ -9,7 +9,8 @@ import pytest
 
 from hrm.buffers import Purpose, prefix_bytes
 from hrm.closed_form import Point, whole_prefill
-from hrm.costs import ALONE, Costs
+from hrm.contention import ALONE
+from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.estimate import estimate
 from hrm.formats import Formats
