@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
 from hrm.catalog import CatalogPart, find_file, is_path, kind_of, kind_words
+from hrm.contract.launches import HOST_FUSES_OPERATORS
 from hrm.decoding import read_yaml
 from hrm.errors import ProfileError
 from hrm.files import is_file, write_whole
@@ -115,7 +116,7 @@ def _usual_host(card: GpuCard, path: Path) -> Host:
 
 def without_gpus(host: Host) -> HardwareProfile:
     """The host as a machine of one level, on which the CPU does everything."""
-    return HardwareProfile(name=host.name, accelerator="catalog", levels=(host.level,))
+    return HardwareProfile(name=host.name, accelerator="catalog", levels=(_with_own_kernels(host.level),))
 
 
 def assemble(card: GpuCard, count: int, machine: Host) -> HardwareProfile:
@@ -153,10 +154,15 @@ def assemble_all(kinds: Sequence[tuple[int, GpuCard]], machine: Host) -> Hardwar
         name=f"{names_text(each) if told_apart else f'{count}x{cards[0].name}'} on {machine.name}",
         accelerator="catalog",
         num_gpus=count,
-        levels=(level, machine.level),
+        levels=(level, _with_own_kernels(machine.level)),
         links=(*links, *([peer] if count > 1 else []), machine.staging),
         gpus=() if alike(cards) else cards,
     )
+
+
+def _with_own_kernels(host: MemoryLevel) -> MemoryLevel:
+    """The host's memory where the executor's kernels compute: no data sheet knows of them."""
+    return replace(host, processor=replace(host.processor, fuses_operators=HOST_FUSES_OPERATORS))
 
 
 def one_part(profile: HardwareProfile, *, is_stage: bool) -> HardwareProfile:

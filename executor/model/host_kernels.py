@@ -7,6 +7,7 @@ from executor.model.choices import choices_of
 from executor.model.linear import project
 from executor.random_weights import random_packed
 from hrm.contract.host_kernels import HostKernels
+from hrm.contract.launches import HOST_FUSES_OPERATORS
 
 
 def host_kernels() -> HostKernels | None:
@@ -20,7 +21,7 @@ def host_kernels() -> HostKernels | None:
         attend=kernels.decode_attention,
         stage=stage,
         pack=random_packed,
-        fuses_operators=True,
+        fuses_operators=HOST_FUSES_OPERATORS,
         native_up_to=choices_of,
         sums_between=sums_between,
         seconds_a_task=seconds_a_task,

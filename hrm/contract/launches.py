@@ -18,3 +18,5 @@ GROUPED_EXPERTS_LAUNCHES: Final = 37  # of all experts of a layer in one grouped
 GROUPED_CAPABILITIES: Final = (9, 10)  # of CUDA devices, major; elsewhere torch's grouped GEMM reads its offsets back
 GROUPED_DTYPE: Final = "bfloat16"  # that it takes, weights too
 SAMPLE_LAUNCHES: Final = 17
+# Whether the host's are fused: by the executor's own kernels, with which hosts are planned that nobody measured.
+HOST_FUSES_OPERATORS: Final = True

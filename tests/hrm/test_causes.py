@@ -315,6 +315,8 @@ def test_the_report_tells_launches_of_this_executor_from_those_of_others(capsys)
         "512",
         "--gen-len",
         "256",
+        "--ffn",
+        "gpu",
     ]
     for extra in ([], ["--json"]):
         main([*arguments, *extra])

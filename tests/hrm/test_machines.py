@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm.catalog import list_files, profile_folder
+from hrm.costs import Costs
 from hrm.errors import ProfileError
+from hrm.formats import Formats
 from hrm.hardware import Figure, GpuCard, HardwareProfile, Host, Link, MemoryLevel, Processor, Rate, Source
 from hrm.machines import (
     compose,
@@ -21,7 +23,9 @@ from hrm.machines import (
     save_profile,
     stage_part,
     with_memory,
+    without_gpus,
 )
+from hrm.model_spec import BUILT_IN_MODELS
 from hrm.units import GB, GIB
 from tests.hrm.profiling.fakes import figures_of
 
@@ -201,6 +205,23 @@ def test_compose_adds_up():
     assert four.host == one.host
     assert four.h2d.latency_s == one.h2d.latency_s
     assert four.top.processor.launch_latency_s == one.top.processor.launch_latency_s
+
+
+def test_hosts_that_nobody_measured_are_planned_with_the_executors_own_kernels(tmp_path):
+    """Of a layer's experts on the host one kernel is launched, and not some for each, as a measured profile says."""
+    file = tmp_path / "mine.yaml"
+    save_profile(file, load_host("generic-workstation"))
+    spec, formats = BUILT_IN_MODELS["qwen3-30b-a3b"], Formats.of("bfloat16")
+    machines = [compose("1xRTX-4090", host=host) for host in ("generic-workstation", str(file))]
+    for profile in (*machines, without_gpus(load_host("generic-workstation"))):
+        processor = profile.host.processor
+        costs = Costs(spec, profile, formats)
+        idle = replace(processor, launch_latency_s=replace(processor.launch_latency_s, value=0.0))
+        free = replace(profile, levels=(*profile.levels[:-1], replace(profile.host, processor=idle)))
+        of_launches_s = costs.cpu_experts(1, 128) - replace(costs, profile=free).cpu_experts(1, 128)
+        assert of_launches_s == pytest.approx(processor.launch_latency_s.value, rel=1e-6)
+    gpu = machines[0].top.processor
+    assert not gpu.fuses_operators  # torch computes there
 
 
 def test_links_together_are_no_faster_than_host_memory():

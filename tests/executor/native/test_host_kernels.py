@@ -6,6 +6,7 @@ import torch
 from executor import native
 from executor.model.host_kernels import host_kernels
 from hrm.contract.host_kernels import installed_kernels
+from hrm.machines import compose
 from hrm.profiling.machine import ProfileOptions, profile_machine
 from tests.executor.native.support import PATHS
 from tests.hrm.profiling.fakes import small_sizes
@@ -14,6 +15,11 @@ from tests.hrm.profiling.fakes import small_sizes
 def test_torch_alone_is_not_handed_in():
     with native.using(None):
         assert host_kernels() is None
+
+
+def test_they_fuse_what_plans_of_machines_that_nobody_measured_take_to_be_fused():
+    kernels = host_kernels()
+    assert kernels is None or kernels.fuses_operators == compose("1xT4").host.processor.fuses_operators
 
 
 def test_hrm_profile_finds_the_installed_kernels():
