@@ -7,7 +7,7 @@ from typing import Any
 from hrm.causes import Limit
 from hrm.cli.console import as_is, console, plain_table
 from hrm.cli.limits import launches_json, launches_text, limits_json, written_out_text
-from hrm.cli.texts import formats_text, given_text, latency_text, range_text
+from hrm.cli.texts import formats_text, given_text, latency_text, range_text, warning_text
 from hrm.estimate import Estimate, PhaseEstimate
 from hrm.hardware import HardwareProfile
 from hrm.layers import ExpertDivision
@@ -140,8 +140,8 @@ def print_plan(
     )
     if given := given_text(profile):
         console.print(given)
-    if warnings := profile.environment.get("warnings"):
-        console.print(f"[yellow]the profile warns:[/] {as_is(warnings)}")
+    if warning := warning_text(profile):
+        console.print(warning)
     requests = "without end" if workload.num_requests is None else str(workload.num_requests)
     console.print(
         f"workload {as_is(workload.name)}: prompts of {workload.prompt_len:g} tokens on average and "

@@ -9,7 +9,7 @@ from hrm.acts import NAMES
 from hrm.cli.console import as_is, console, plain_table, print_json
 from hrm.cli.options import plan_options
 from hrm.cli.params import OUT_FILE, json_option, phase_option
-from hrm.cli.texts import given_text
+from hrm.cli.texts import given_text, warning_text
 from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.phases import decode_work, prefill_work, simulate_work
@@ -63,6 +63,8 @@ def simulate(
         f"[bold]{as_is(plan.model.name)}[/] on [bold]{as_is(plan.profile.name)}[/], "
         f"{plan.policy.schedule.value}, {what}: {format_seconds(simulated.makespan_s)} simulated"
     )
+    if warning := warning_text(plan.profile):
+        console.print(warning)
     console.print(f"{given}\n" if (given := given_text(plan.profile)) else "")
     if not plan.profile.has_accelerator:
         why = "memory is unified" if plan.profile.unified_memory else ("there is no accelerator: lane GPU is the CPU")

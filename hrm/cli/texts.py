@@ -32,6 +32,12 @@ def formats_text(spec: ModelSpec, formats: Formats) -> str:
     return ", ".join(filter(None, told))
 
 
+def warning_text(profile: HardwareProfile) -> str:
+    """What a measured profile warns of, as rich's markup; empty if nothing."""
+    warnings = profile.environment.get("warnings")
+    return f"[yellow]the profile warns:[/] {as_is(warnings)}" if warnings else ""
+
+
 def given_text(profile: HardwareProfile) -> str:
     """What the user gave of the machine, on the command line; empty if nothing."""
     given = given_resources(profile).items()

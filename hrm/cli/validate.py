@@ -9,6 +9,7 @@ from rich.table import Table
 from hrm.acts import NAMES
 from hrm.cli.console import as_is, console, plain_table, print_json
 from hrm.cli.params import json_option
+from hrm.cli.texts import warning_text
 from hrm.run_record import FleetRecord, read_record, read_run
 from hrm.tasks import Phase
 from hrm.units import counted, format_bytes, format_seconds
@@ -65,8 +66,11 @@ def print_validation(validation: Validation) -> None:
     batches = counted(sum(batch.count for batch in run.batches), "batch")
     console.print(
         f"[bold]{as_is(run.policy_file.model.name)}[/] on {as_is(run.accelerator.description)}, "
-        f"{run.schedule}, {run.totals.requests} requests in {batches} ({run.outcome})\n"
+        f"{run.schedule}, {run.totals.requests} requests in {batches} ({run.outcome})"
     )
+    if warning := warning_text(run.policy_file.profile):
+        console.print(warning)
+    console.print()
     table = plain_table("", "measured", "predicted", "error")
     _add(table, "[bold]tokens/s, whole job[/]", validation.tokens_per_s, _rate)
     for phase, comparison in validation.phase_tokens_per_s.items():

@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch.nn import functional
 
-from hrm.profiling.timing import MIN_SAMPLES, Call, Sampler, Timing, summarise, time_call
+from hrm.profiling.timing import MIN_SAMPLES, Call, Latency, Sampler, time_each
 
 HIDDEN: Final = 64
 ROWS: Final = 2
@@ -41,15 +41,15 @@ def operator_round(device: str = "cpu", *, rows: int = ROWS, hidden: int = HIDDE
     return call, 10
 
 
-def launch_latency(*, device: str = "cpu", budget_s: float, sampler: Sampler | None = None) -> Timing:
+def launch_latency(*, device: str = "cpu", budget_s: float, sampler: Sampler | None = None) -> Latency:
     """Seconds an operator, averaged over those of a layer."""
     call, count = operator_round(device)
     with torch.inference_mode():
-        timing = time_call(call, budget_s=budget_s, sampler=sampler)
-    return Timing(timing.median_s / count, timing.p20_s / count, timing.p80_s / count, timing.samples)
+        samples = time_each({None: call}, budget_s=budget_s, sampler=sampler)[None]
+    return Latency.of([seconds / count for seconds in samples])
 
 
-def launch_latency_beside_another(*, budget_s: float, threads: tuple[int, int]) -> Timing:
+def launch_latency_beside_another(*, budget_s: float, threads: tuple[int, int]) -> Latency:
     """Seconds an operator while another lane's thread issues operators too, on the CPU.
 
     Threads hand Python's interpreter lock to one another at every operator, which costs far more
@@ -58,15 +58,15 @@ def launch_latency_beside_another(*, budget_s: float, threads: tuple[int, int]) 
     torch's threads each of the two may use.
     """
     alone = launch_latency(budget_s=budget_s / 4)
-    lone = summarise(_long_operators(budget_s / 4, threads[0]))
-    both = summarise(
+    lone = Latency.of(_long_operators(budget_s / 4, threads[0]))
+    both = Latency.of(
         [seconds for _ in range(STARTS) for seconds in _long_operators_beside_another(budget_s / 2 / STARTS, threads)]
     )
 
     def with_hand_over(seconds: float) -> float:
         return alone.median_s + max(0.0, seconds - lone.median_s)
 
-    return Timing(with_hand_over(both.median_s), with_hand_over(both.p20_s), with_hand_over(both.p80_s), both.samples)
+    return Latency(with_hand_over(both.median_s), with_hand_over(both.p20_s), with_hand_over(both.p80_s), both.samples)
 
 
 def _long_operators_beside_another(budget_s: float, threads: tuple[int, int]) -> list[float]:

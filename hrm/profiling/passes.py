@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar, cast
 
 from hrm.figures import with_figures
 from hrm.hardware import NOISY_SPREAD, Figure, Source
-from hrm.profiling.timing import Timing, middle_and_ends, significant
+from hrm.profiling.timing import Latency, Timing, middle_and_ends, significant
 
 T = TypeVar("T")
 
@@ -55,9 +55,9 @@ def _middle_and_reach(values: Sequence[float]) -> tuple[float, float]:
 def combine(found: Sequence[T]) -> T:
     """One result of those of several passes, which have the same structure.
 
-    Figures and timings get the median of their values. Their spread is that of samples within a
-    pass or `expected_span`, whichever is wider on either side. Other numbers are medians; texts,
-    and what has another structure in some passes, are those of one pass.
+    Figures and timings get the median of their values, latencies the 20th percentile. Their spread
+    is that of samples within a pass or `expected_span`, whichever is wider on either side. Other
+    numbers are medians; texts, and what has another structure in some passes, are those of one pass.
     """
     return cast("T", _combined(list(found)))
 
@@ -70,6 +70,8 @@ def _combined(found: list[Any]) -> Any:
     match first:
         case Figure():
             return _figure(present)
+        case Latency():
+            return _latency(present)
         case Timing():
             return _timing(present)
         case str():
@@ -93,6 +95,14 @@ def _combined(found: list[Any]) -> Any:
 def _timing(found: Sequence[Timing]) -> Timing:
     value, low, high = _spread([(one.median_s, one.p20_s, one.p80_s) for one in found])
     return Timing(value, low, high, sum(one.samples for one in found))
+
+
+def _latency(found: Sequence[Latency]) -> Latency:
+    """That of the passes which were least disturbed: a fifth of them; no end is lower than what any found."""
+    _, value, _ = middle_and_ends([one.median_s for one in found])
+    _, low, high = _spread([(one.median_s, one.p20_s, one.p80_s) for one in found])
+    low = max(low, min(one.p20_s for one in found))
+    return Latency(value, min(low, value), max(high, value), sum(one.samples for one in found))
 
 
 def _figure(found: Sequence[Figure]) -> Figure:

@@ -70,6 +70,20 @@ class Timing:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Latency(Timing):
+    """Seconds of one call to which others only ever add: the 20th percentile of the samples in place of their median.
+
+    Around it are the least and the median.
+    """
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> "Latency":
+        """That of samples in seconds."""
+        middle, low, _ = middle_and_ends(samples)
+        return Latency(low, min(samples), middle, len(samples))
+
+
 def significant(value: float) -> float:
     """Rounded to what a measurement can tell: five digits."""
     return float(f"{value:.5g}")

@@ -8,6 +8,7 @@ import pytest
 from hrm.acts import decode
 from hrm.hardware import Figure, LaneThreads, Source
 from hrm.machines import of_parts
+from hrm.policy_file import profile_hash
 from hrm.run_record import KindTotal, LaneRecord, read_run
 from hrm.tasks import Device, Lane, Phase
 from hrm.validate import predict_ranks, validate
@@ -62,6 +63,18 @@ def test_rows_of_one_side_are_printed_and_written(folder, hrm):
         found = [row for row in rows if row[: len(begin)] == begin]
         assert len(found) == 2, begin
         assert {row[-1] for row in found} == ({"–"} if begin[-1] == "–" else {"-100.0%"})
+
+
+def test_what_the_profile_warns_of_is_repeated_once(folder, hrm):
+    for warnings in ("", "8 figures noisy, levels[0].read among them"):
+        run = json.loads((folder / "run.json").read_text())
+        profile = replace(read_run(folder).policy_file.profile, environment={"warnings": warnings})
+        run["policy_file"]["profile"]["environment"] = profile.environment
+        run["policy_file"]["profile_hash"] = profile_hash(profile)
+        (folder / "run.json").write_text(json.dumps(run))
+        _, out, _ = hrm("validate", str(folder))
+        assert out.count("the profile warns:") == (1 if warnings else 0)
+        assert warnings in out
 
 
 def test_the_workers_of_a_fleet_have_a_line_each_and_one_is_shown_in_full(folder, tmp_path, hrm):

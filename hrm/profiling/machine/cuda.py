@@ -123,13 +123,13 @@ def _add_gpu(run: Run, gpu: "AbstractGpu", memory: GpuMemory) -> None:
     from hrm.profiling.launch import launch_latency
     from hrm.profiling.memory import DeviceMemoryRates, measure_device_memory
     from hrm.profiling.settle import Settling, settle
-    from hrm.profiling.timing import Computer, Timing
+    from hrm.profiling.timing import Computer, Latency
 
     sampler, device = gpu.sampler(), gpu.device
     computer = Computer(device=device, sampler=sampler)
     run.steps.add(SETTLING, 3, lambda seconds: settle(gpu, seconds=seconds), Settling, once=True)
     run.steps.add(
-        launch_step(GPU), 1, lambda seconds: launch_latency(device=device, budget_s=seconds, sampler=sampler), Timing
+        launch_step(GPU), 1, lambda seconds: launch_latency(device=device, budget_s=seconds, sampler=sampler), Latency
     )
     _add_products(run, computer, memory)
     run.steps.add(

@@ -139,13 +139,13 @@ def _measured(run: Run, gpu_bytes: int, gpu_threads: int, cpu_threads: int, rank
 
 def _add_both_busy(run: Run, gpu_threads: int, cpu_threads: int) -> None:
     from hrm.profiling.launch import launch_latency_beside_another
-    from hrm.profiling.timing import Timing
+    from hrm.profiling.timing import Latency
 
     run.steps.add(
         BOTH_BUSY,
         4,
         lambda seconds: launch_latency_beside_another(budget_s=seconds, threads=(gpu_threads, cpu_threads)),
-        Timing,
+        Latency,
     )
 
 

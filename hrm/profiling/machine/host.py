@@ -54,15 +54,15 @@ def add_processor(run: Run, level: str, threads: int) -> None:
     from hrm.profiling.attention import Heads, attention_rate
     from hrm.profiling.gemm import gemm_rate, model_shapes
     from hrm.profiling.launch import launch_latency
-    from hrm.profiling.timing import Computer, Timing
+    from hrm.profiling.timing import Computer, Latency
 
     computer = Computer(kernels=run.options.kernels)
 
-    def launch(seconds: float) -> Timing:
+    def launch(seconds: float) -> Latency:
         with torch_threads(threads):
             return launch_latency(budget_s=seconds)
 
-    run.steps.add(launch_step(level), 1, launch, Timing)
+    run.steps.add(launch_step(level), 1, launch, Latency)
     shapes = model_shapes(run.options.model, quick=run.options.quick)
     plain = [(dtype, dtype, "", 4) for dtype in run.dtypes]
     packed = [(code, run.dtypes[0], form, 2) for code, form in run.packed.items()]
@@ -76,7 +76,7 @@ def add_processor(run: Run, level: str, threads: int) -> None:
                     computer,
                     quick=run.options.quick,
                     budget_s=seconds,
-                    launch_s=run.steps.found[launch_step(level)].p20_s,  # noise only adds to it
+                    launch_s=run.steps.found[launch_step(level)].median_s,
                     packed=form,
                 )
 
@@ -200,10 +200,10 @@ def add_tasks(run: Run, ranks: int = 1) -> bool:
     kernels = run.options.kernels
     if kernels is None or (seconds_a_task := kernels.seconds_a_task) is None:
         return False
-    from hrm.profiling.timing import summarise
+    from hrm.profiling.timing import Latency
 
     def lanes(_: float) -> LaneThreads:
-        a_task = summarise(seconds_a_task(ranks)).duration(
+        a_task = Latency.of(seconds_a_task(ranks)).duration(
             "of the processor, for tasks of decode that do next to nothing"
         )
         return LaneThreads(cores=run.threads, task_s=a_task)
