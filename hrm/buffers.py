@@ -243,12 +243,6 @@ def page_bytes(largest_streamed_bytes: Number, num_pages: Number) -> Number:
     return ALIGNMENT_BYTES * -(-largest_streamed_bytes // (num_pages * ALIGNMENT_BYTES))
 
 
-def exchange_bytes_per_request(spec: ModelSpec, formats: Formats, *, ffn_on_cpu: Number) -> Number:
-    """Decode buffers of one request: hidden state, QKV, attention and experts' input and output, numbers."""
-    of_model = _of_model(spec, formats)
-    return of_model.exchanged + ffn_on_cpu * of_model.with_experts
-
-
 def logits_bytes(spec: ModelSpec, compute: Format, requests: Number) -> Number:
     """Logits of so many requests, as they are multiplied and as they are chosen from.
 

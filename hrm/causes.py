@@ -86,16 +86,6 @@ _CAUSES: Final = {
 _MEMORY_OF: Final = {Lane.STAGE.value: Cause.STAGING, HOST_MEMORY: Cause.HOST_MEMORY}
 
 
-def resource_of(cause: Cause) -> Resource | None:
-    """The resource whose cost the cause is, as `hrm whatif` and --set name it; None if it has none.
-
-    Staging copies and what CPU and links share are the host's memory bandwidth.
-    """
-    if cause in _MEMORY_OF.values():
-        return Resource.CPU_BANDWIDTH
-    return next((resource for resource, its in _CAUSES.items() if its is cause), None)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
     """What limits a phase.

@@ -279,11 +279,6 @@ class BenchRun:
         self._checksums.add(crc32(repr(sorted(tokens.items())).encode()))
         return totals
 
-    def forget(self) -> None:
-        """Leave out all repeats until now: they warmed the machine up."""
-        self._runs.clear()
-        self._checksums.clear()
-
     def row(self) -> BenchRow:
         """What was measured in the repeats until now, of which there must be one."""
         bench, generator, policy = self.bench, self._generator, self.policy

@@ -214,11 +214,6 @@ class ModelSpec(HashedOnce):
         """Parameters of all layers together."""
         return sum(count * kind.parameters for kind, count in self.layer_kinds().items())
 
-    @cached_property
-    def total_dense_parameters(self) -> int:
-        """Those outside routed experts."""
-        return sum(count * kind.dense_parameters for kind, count in self.layer_kinds().items())
-
     def dense_bytes(self, weights: Format) -> int:
         """Bytes outside routed experts of a layer with experts; the most, if they differ."""
         return max(kind.dense_bytes(weights) for kind in self.layer_kinds() if kind.has_experts)

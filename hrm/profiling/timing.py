@@ -101,17 +101,10 @@ def clock_sampler(clock: Callable[[], float] = time.perf_counter) -> Sampler:
     return sample
 
 
-def time_call(call: Call, *, budget_s: float, sampler: Sampler | None = None) -> Timing:
-    """Time `call` for about `budget_s`, warm-up included.
-
-    At least three samples are taken however long they last, and at most 100.
-    """
-    return summarise(time_each({None: call}, budget_s=budget_s, sampler=sampler)[None])
-
-
 def time_each(calls: Mapping[K, Call], *, budget_s: float, sampler: Sampler | None = None) -> dict[K, list[float]]:
     """Seconds of each call, sampled in turn for about `budget_s` in all, warm-up included.
 
+    At least three samples are taken however long they last, and at most 100.
     A disturbance of a second then falls on a few samples of every call, where medians withstand
     it, and not on all samples of one. Samples are in order of time, as many of each call.
     """

@@ -69,16 +69,8 @@ class Bound:
 NO_BOUND: Final = Bound(inf, 0)
 
 
-def upper_bound(space: Space, known_tokens_per_s: float = 0.0, most_regions: int = LARGEST_BUDGET) -> Bound:
-    """The bound of a space; what is within `CLOSE` of the known throughput is not looked into.
-
-    No more than about so many regions are looked at.
-    """
-    return Bounding(space).go_on(known_tokens_per_s, most_regions)
-
-
 class Bounding:
-    """A bound that can be asked for again when more is known: it goes on with the regions that were left."""
+    """The bound of a space, which can be asked for again when more is known: it goes on with the regions left."""
 
     def __init__(self, space: Space) -> None:
         self._bounder = Bounder(space)
@@ -90,7 +82,10 @@ class Bounding:
         self._looked_at, self._settled, self._kinds = len(self._ceilings), 0.0, frozenset[Kind]()
 
     def go_on(self, known_tokens_per_s: float = 0.0, most_regions: int = LARGEST_BUDGET) -> Bound:
-        """The bound as `upper_bound` has it, with what was looked at before among the regions."""
+        """No more than about so many regions are looked at, those of before among them.
+
+        What is within `CLOSE` of the known throughput is not looked into.
+        """
         if known_tokens_per_s < self._known_tokens_per_s:  # what was settled may be of interest again
             self._begin()
         self._known_tokens_per_s = known_tokens_per_s

@@ -137,10 +137,10 @@ def test_throughput(folder, theirs, profile, workload):
         in_thread_of_its_own(lambda: theirs.choose(prompts))
         their_s: list[float] = []
         policy = bench.policy_file.policy
-        ours = bench.start(policy.schedule)
-        with ours:
-            ours.repeat()  # first touches and caches, as `choose` did for theirs
-        ours.forget()
+        warm = bench.start(policy.schedule)
+        with warm:
+            warm.repeat()  # first touches and caches, as `choose` did for theirs
+        ours = warm.under(policy.schedule)
         for _repeat in range(REPEATS):
             with ours:
                 ours.repeat()

@@ -20,7 +20,7 @@ from hrm.placement import experts_of_layers
 from hrm.policy import Policy, ScheduleName
 from hrm.scaling import Resource, at_cost, resources, with_resource
 from hrm.search import Outcome, SearchResult, Space, search, solver_named
-from hrm.search.bound import Bounder, Bounding, upper_bound
+from hrm.search.bound import Bounder, Bounding
 from hrm.search.regions import Regions
 from hrm.search.result import OPTIMAL_GAP
 from hrm.search.smooth import smoothed
@@ -119,11 +119,11 @@ def test_a_bound_that_goes_on_is_one_and_as_good_as_from_the_start(seed):
     bounding = Bounding(part)
     first = bounding.go_on(0.5 * best, 1000)
     again = bounding.go_on(0.9 * best, 8000)
-    afresh = upper_bound(part, 0.9 * best, 8000)
+    afresh = Bounding(part).go_on(0.9 * best, 8000)
     assert best <= again.tokens_per_s <= first.tokens_per_s
     assert again.tokens_per_s <= afresh.tokens_per_s * 1.01
     assert again.regions <= first.regions + afresh.regions
-    assert bounding.go_on(0.0, 1000) == upper_bound(part, 0.0, 1000)  # what was settled may hold the best
+    assert bounding.go_on(0.0, 1000) == Bounding(part).go_on(0.0, 1000)  # what was settled may hold the best
 
 
 @pytest.mark.parametrize(("prompt_len", "chunk_tokens"), [(4000, 100_000), (16, 500)])

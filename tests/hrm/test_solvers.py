@@ -19,7 +19,7 @@ from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS
 from hrm.search import SOLVERS, Outcome, Solver, Space, search, solver_named
 from hrm.search.bayesian import Optuna, study_name
-from hrm.search.bound import upper_bound
+from hrm.search.bound import Bounding
 from hrm.search.choose import TIE, ranked
 from hrm.search.constraints import within_limits
 from hrm.search.exhaustive import Exhaustive
@@ -71,7 +71,7 @@ def test_programs_and_the_exhaustive_search_agree(seed):
         assert not proved.ranked
         return
     assert proved.greatest_tokens_per_s == pytest.approx(tried.greatest_tokens_per_s, rel=MILP_AGREES)
-    best, bound = tried.ranked[0].tokens_per_s, upper_bound(space, tried.greatest_tokens_per_s).tokens_per_s
+    best, bound = tried.ranked[0].tokens_per_s, Bounding(space).go_on(tried.greatest_tokens_per_s).tokens_per_s
     assert max(best, proved.ranked[0].tokens_per_s) <= bound * (1 + 1e-9), "neither beats what the other is held to"
     check_best(space, proved)
     check_best(space, tried)

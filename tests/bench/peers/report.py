@@ -80,7 +80,8 @@ def equal_share(ours: list[list[int]], theirs: list[list[int]], lengths: Sequenc
 def step_bytes(spec: ModelSpec, requests: int) -> float:
     """Bytes of bfloat16 weights that a decode step has to read: experts as often as they are expected to be hit."""
     experts = spec.num_expert_layers * float(spec.experts_hit(requests)) * spec.expert_parameters
-    return float(FORMATS["bfloat16"].bytes_of(experts + spec.total_dense_parameters + spec.head_parameters))
+    dense = sum(count * kind.dense_parameters for kind, count in spec.layer_kinds().items())
+    return float(FORMATS["bfloat16"].bytes_of(experts + dense + spec.head_parameters))
 
 
 def prefill_flops(spec: ModelSpec, row: Row, prompt_len: int) -> float:

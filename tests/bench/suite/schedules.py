@@ -134,12 +134,12 @@ def _under_its_own(setting: Setting, record: Record, machine: Machine, job: Job)
         accelerator=machine.options,
         max_prompt_len=workload.max_prompt_len,
     )
-    with Bench(options, tell=print) as bench, bench.start(job.schedule) as run:
-        record.put("load_s", {**loads_s, name: run.load_s})
-        print(f"  {name}: loaded in {run.load_s:.0f} s", flush=True)
+    with Bench(options, tell=print) as bench, bench.start(job.schedule) as loaded:
+        record.put("load_s", {**loads_s, name: loaded.load_s})
+        print(f"  {name}: loaded in {loaded.load_s:.0f} s", flush=True)
         # Kernels are chosen, clocks rise.
-        run.repeat(gen_len=2, num_requests=min(WARM_UP_REQUESTS, best.policy.micro_batch_size))
-        run.forget()
+        loaded.repeat(gen_len=2, num_requests=min(WARM_UP_REQUESTS, best.policy.micro_batch_size))
+        run = loaded.under(job.schedule)
         if name not in record.figures:
             _measure(setting, record, run, name, bench.predicted)
         for other, order in job.orders.items():

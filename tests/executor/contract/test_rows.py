@@ -8,7 +8,7 @@ import torch
 from executor.handlers.memory import Exchange, PrefillBuffers
 from executor.kv_cache import cache_rows, prefix_rows
 from executor.model import GpuKernels, HeadWeights, Workspace, experts_in, logits
-from hrm.buffers import Purpose, exchange_bytes_per_request
+from hrm.buffers import Purpose
 from hrm.contract.rings import BUFFERS
 from hrm.contract.rows import COUNT_BYTES, LOGIT_BYTES, ROUTING_BYTES
 from hrm.formats import Formats
@@ -39,7 +39,18 @@ def with_norm_of_sum(spec: ModelSpec) -> ModelSpec:
 def test_rows_are_aligned_and_fill_what_is_planned(num_requests, ffn_on_cpu, dtype, kv_format):
     formats = Formats.named(dtype, kv_cache=kv_format)
     spec = with_norm_of_sum(tiny_arch(hidden_size=24, experts_per_token=3).spec)
-    planned = num_requests * exchange_bytes_per_request(spec, formats, ffn_on_cpu=ffn_on_cpu)
+    policy = Policy(
+        batch_size=num_requests,
+        micro_batch_size=num_requests,
+        ffn=Device.CPU if ffn_on_cpu else Device.GPU,
+        prefill_ffn=Device.GPU,
+        resident_experts=(0,) * spec.num_layers,
+        kv_tokens_per_micro_batch=32,
+        prefill_chunk_tokens=6,
+        dtype=dtype,
+        kv_format=kv_format,
+    )
+    planned = purposes(spec, policy)[1][Purpose.EXCHANGE]
     memory = torch.zeros(planned, dtype=torch.uint8)
     made = Exchange(spec, formats, memory, num_requests=num_requests, ffn_on_cpu=ffn_on_cpu)
     for rows in (made.hidden_ND, made.rows_NX, made.attention_NO, made.routed_ND):

@@ -9,7 +9,7 @@ import torch
 from hrm.hardware import Figure
 from hrm.profiling.gpu import AbstractGpu, StreamWork
 from hrm.profiling.nvml import GpuFacts
-from hrm.profiling.timing import clock_sampler
+from hrm.profiling.timing import Call, Sampler, Timing, clock_sampler, summarise, time_each
 from hrm.profiling.topology import CacheFacts
 from hrm.units import KIB, MIB
 from tests.hrm.support import tiny_spec
@@ -59,6 +59,11 @@ class Clock:
 
     def pass_(self, seconds: float) -> None:
         self.now_s += seconds
+
+
+def time_call(call: Call, *, budget_s: float, sampler: Sampler | None = None) -> Timing:
+    """What a call alone takes, timed as several are in turn."""
+    return summarise(time_each({None: call}, budget_s=budget_s, sampler=sampler)[None])
 
 
 class FakeGpu(AbstractGpu):

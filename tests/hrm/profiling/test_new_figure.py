@@ -11,9 +11,9 @@ from hrm.hardware import Figure, HardwareProfile, MemoryLevel, Source
 from hrm.machines import compose, save_profile
 from hrm.profile_diff import diff_profiles
 from hrm.profiling.machine.steps import Steps
-from hrm.profiling.timing import Timing, clock_sampler, time_call
+from hrm.profiling.timing import Timing, clock_sampler
 from hrm.strict import decode_strictly
-from tests.hrm.profiling.fakes import Clock
+from tests.hrm.profiling.fakes import Clock, time_call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,8 @@ from hrm.hardware import Figure, Rate, Source
 from hrm.profile_diff import FigureDiff, Verdict
 from hrm.profiling.machine.steps import Steps
 from hrm.profiling.passes import COVERED, REACH, combine, expected_span, flag_noisy
-from hrm.profiling.timing import Timing, clock_sampler, summarise, time_call
-from tests.hrm.profiling.fakes import Clock
+from hrm.profiling.timing import Timing, clock_sampler, summarise
+from tests.hrm.profiling.fakes import Clock, time_call
 
 RUNS = 1000
 

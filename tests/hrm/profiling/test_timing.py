@@ -12,9 +12,9 @@ from hrm.profiling.timing import (
     measured,
     significant,
     summarise,
-    time_call,
     time_each,
 )
+from tests.hrm.profiling.fakes import time_call
 
 
 class Clock:

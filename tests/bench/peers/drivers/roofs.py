@@ -8,7 +8,7 @@ import torch
 
 from hrm.profiling.environment import available_ram_bytes, host_facts
 from hrm.profiling.memory import array_bytes, measure_memory
-from hrm.profiling.timing import time_call
+from hrm.profiling.timing import summarise, time_each
 
 TOKENS, SIDE = 1024, 4096
 BUDGET_S = 2.0
@@ -22,7 +22,7 @@ def roofs(*, small: bool) -> dict[str, float]:
     w_DD = torch.randn(side, side, dtype=torch.bfloat16)
     out_TD = torch.empty_like(x_TD)
     with torch.inference_mode():
-        gemm = time_call(lambda: torch.mm(x_TD, w_DD.T, out=out_TD), budget_s=budget_s)
+        gemm = summarise(time_each({None: lambda: torch.mm(x_TD, w_DD.T, out=out_TD)}, budget_s=budget_s)[None])
     cache = host_facts().last_level_cache_bytes
     threads = torch.get_num_threads()
     size = 2**22 if small else array_bytes(cache, available_ram_bytes(), quick=True)
