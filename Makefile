@@ -78,7 +78,7 @@ notebooks: $(TEST_READY)  ## run the notebooks and write their outputs in place
 
 clean:  ## remove caches and builds
 	rm -rf build dist .benchmarks .hypothesis .import_linter_cache .pytest_cache .ruff_cache
-	find hrm executor tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find moe_hrm hrm executor tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## remove the virtual environment too
 	rm -rf $(VENV)

@@ -1,5 +1,5 @@
 """`python -m executor` is the `executor` command."""
 
-from executor.cli import main
+from moe_hrm import executor
 
-main()
+executor()

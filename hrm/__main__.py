@@ -1,5 +1,5 @@
 """`python -m hrm` is the `hrm` command."""
 
-from hrm.cli import main
+from moe_hrm import hrm
 
-main()
+hrm()

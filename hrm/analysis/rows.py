@@ -88,8 +88,13 @@ def _best(space: Space) -> SearchResult:
 def _divided(spaces: Sequence[Space], stack: ExitStack) -> Iterator[SearchResult]:
     """The same, in order, by several processes, which are ended with the stack."""
     count = min(_PROCESSES.get(), len(spaces))
-    # An interrupt is the parent's, which ends the others.
-    pool = stack.enter_context(get_context("spawn").Pool(count, signal.signal, (signal.SIGINT, signal.SIG_IGN)))
+    # An interrupt is this process's, which ends the others: they begin with it held back, and so none is cut short
+    # while it starts.
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    try:
+        pool = stack.enter_context(get_context("spawn").Pool(count))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
     return pool.imap(_best, spaces)
 
 

@@ -6,16 +6,15 @@ order. A reader that has seen enough (`hrm models | head -1`) is no mistake.
 
 import os
 import re
-import signal
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from types import FrameType
 from typing import Any, Final, NoReturn
 
 import click
 
+from hrm.cli.interrupts import Interrupts
 from hrm.errors import HrmError, closest, meant, one_line
 
 _HYPHEN: Final = "\N{NON-BREAKING HYPHEN}"  # at which no line is broken
@@ -161,16 +160,16 @@ def run_program(cli: click.Command, name: str, args: list[str] | None, *, interr
     """Run a command line and exit if anything but success is to be told.
 
     2 after a mistake in the input or where a file or the output cannot be written, 1 if a task
-    failed, 130 on Ctrl-C, 143 on SIGTERM and 129 on SIGHUP, all of which end a command as cleanly;
-    a SIGHUP that is ignored, as under nohup, stays so. `interrupted` is what is said then.
+    failed, 130 on Ctrl-C, 143 on SIGTERM and 129 on SIGHUP, all of which end a command as cleanly.
+    `interrupted` is what is said then.
     """
     _open_standard_streams()
+    interrupts = Interrupts(interrupted)
     try:
-        with _signals_as_ctrl_c() as received:
-            try:
-                cli.main(args=args, prog_name=name, standalone_mode=False)
-            except (click.Abort, KeyboardInterrupt) as error:
-                _end(128 + received(), str(error) or interrupted)
+        with interrupts.raised():
+            cli.main(args=args, prog_name=name, standalone_mode=False)
+    except (click.Abort, KeyboardInterrupt) as error:
+        _end(128 + interrupts.received, str(error) or interrupted)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
@@ -197,28 +196,6 @@ def _end(code: int, text: str, chart: str | None = None) -> NoReturn:
         if chart:
             click.echo(chart, err=True)
     sys.exit(code)
-
-
-@contextmanager
-def _signals_as_ctrl_c() -> Generator[Callable[[], int]]:
-    """SIGTERM and SIGHUP raise KeyboardInterrupt; what is yielded says which signal came."""
-    received = signal.SIGINT
-
-    def interrupt(number: int, _: FrameType | None) -> None:
-        nonlocal received
-        received = signal.Signals(number)
-        raise KeyboardInterrupt
-
-    before: dict[signal.Signals, Any] = {}
-    with suppress(ValueError):  # only the main thread can handle signals
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, interrupt)
-    try:
-        yield lambda: received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _open_standard_streams() -> None:

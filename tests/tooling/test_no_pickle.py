@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [path for top in ("hrm", "executor") for path in sorted((ROOT / top).rglob("*.py"))]
+SOURCES = [path for top in ("moe_hrm", "hrm", "executor") for path in sorted((ROOT / top).rglob("*.py"))]
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 CALLS = {"pandas.read_pickle", "pd.read_pickle"} | {
     f"torch.{module}load" for module in ("", "serialization.", "jit.", "package.")

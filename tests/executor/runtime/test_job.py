@@ -279,7 +279,7 @@ def test_failed_task_keeps_what_was_finished_and_prints_the_lanes(run, tmp_path,
     assert len(after) == 10
 
 
-def test_ctrl_c_keeps_what_was_finished(run, no_collection, tmp_path, monkeypatch):
+def test_ctrl_c_keeps_what_was_finished(run, tmp_path, monkeypatch):
     import _thread
 
     by_act = DecodeHandlers.by_act

@@ -315,7 +315,7 @@ def test_answers_are_written_as_requests_end(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_signals_end_a_run_in_order(run, no_collection, tmp_path, monkeypatch, number, code):
+def test_signals_end_a_run_in_order(run, tmp_path, monkeypatch, number, code):
     before = signal.getsignal(number)
     by_act = DecodeHandlers.by_act
 
