@@ -7,6 +7,7 @@ import click
 
 from hrm.cli.params import enum_option, json_option
 from hrm.cli.program import Interrupted
+from hrm.contract.quantising import LEAST_GROUP
 from hrm.model_spec import What
 from hrm.units import format_bytes
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     required=True,
     metavar="FORMAT",
     help="int4-gN (a scale for each N weights of a row, say int4-g32), int8, fp8 (a scale a row), fp8-bN "
-    "(a scale for each N × N weights, say fp8-b128), or mxfp4.",
+    f"(a scale for each N × N weights, say fp8-b128), or mxfp4; N is a multiple of {LEAST_GROUP}.",
 )
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="The new checkpoint's folder: new, or empty."

@@ -39,6 +39,7 @@ from executor.formats import Matrix, Packed
 from executor.native.choices import ChoiceKernels
 from executor.native.compiled import DTYPES, module
 from executor.native.experts import SILU, ExpertWeights, Glu, Routing
+from hrm.contract.quantising import LEAST_GROUP
 from hrm.units import MIB
 
 VARIABLE: Final = "EXECUTOR_NATIVE"
@@ -46,7 +47,6 @@ VARIABLE: Final = "EXECUTOR_NATIVE"
 # As they are numbered in `kernels.hpp`.
 _CODES: Final = ("fp8", "int8", "int4", "fp4")
 _SCALES: Final = ("f32", "bf16", "f16", "e8m0", "e4m3")
-_LEAST_GROUP: Final = 16  # columns that are multiplied together
 
 _PAST_CACHES_BYTES: Final = 4 * MIB  # less may still be in a cache when it is read
 
@@ -272,7 +272,7 @@ def takes_packed(matrix: Packed) -> bool:
     """Whether the kernels multiply with a packed matrix, or several: columns have to be in their order."""
     form = matrix.format
     return (
-        form.columns % _LEAST_GROUP == 0
+        form.columns % LEAST_GROUP == 0
         and not form.ordered
         and all(part.is_cpu and part.is_contiguous() for part in matrix.parts.values())
     )

@@ -3,7 +3,6 @@
 N rows, W columns.
 """
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +13,10 @@ from torch import Tensor
 
 from executor.formats import Packed, packed_in
 from executor.formats.schemes import SCHEMES, InRows
+from hrm.contract.quantising import WRITTEN, is_written
 from hrm.errors import ModelError
 from hrm.formats import PackedFormat, packed_format
 from hrm.model_spec.quantisation import Packing
-
-_KNOWN: Final = re.compile(r"int4-g\d+|int8|fp8|fp8-b\d+|mxfp4")
-KNOWN: Final = "int4-gN with a group size N, int8, fp8, fp8-bN with a block size N, or mxfp4"
 
 WORD_BYTES: Final = 4
 SHAPE: Final = ".weight_shape"  # of integers in words
@@ -185,10 +182,10 @@ def publication_of(name: str, scale: str, *, stacked: bool) -> Publication:
         rule = "must be mxfp4 for this model, whose packed experts are published in one tensor a layer, and so only"
         raise ModelError("--format", name, rule, "use --format mxfp4")
     form = packed_format(name)
-    if form is not None and _KNOWN.fullmatch(name):
+    if form is not None and is_written(name):
         if form.code == "fp4":
             return Stacked(form) if stacked else CompressedTensors(form)
         if form.rows > 1:
             return Blocks(form)
         return CompressedTensors(replace(form, scale=scale) if form.columns else form)
-    raise ModelError("--format", name, f"must be {KNOWN}", "choose one of these")
+    raise ModelError("--format", name, f"must be {WRITTEN}", "choose one of these")

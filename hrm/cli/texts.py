@@ -5,6 +5,7 @@ from typing import Final
 
 from hrm.cli.console import as_is
 from hrm.contract.families import EXECUTED_FAMILIES
+from hrm.contract.quantising import is_written
 from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
 from hrm.latency import Latency
@@ -92,7 +93,7 @@ def run_text(
     if stored.published_dtype and (stored.packing != spec.packing or not stored.packing):
         hints.append(f"converting the published weights ({as_is(stored.published_dtype)}) to {RUN_FROM}")
     if stored.packing != spec.packing and spec.packing:
-        hints.append(f"executor quantise: {spec.packing}")
+        hints.append(_to_pack(spec))
     hint = f"   [dim](after {' and '.join(hints)})[/]" if hints else ""
     folder = as_is(model) if is_folder else "FOLDER-WITH-WEIGHTS"
     return f"run it:  executor run --model {folder} --policy {path} --input prompts.jsonl --output-dir run/{hint}"
@@ -112,7 +113,27 @@ def _obstacle_to_run(
         )
     if has_weights and stored.packing != spec.packing:
         told = stored.packing or "no matrix packed"
-        return f"executor run reads weights as they are stored: {told}; plan so, or pack them with executor quantise"
+        return f"executor run reads weights as they are stored: {told}; plan so{_or_pack(spec, stored)}"
     if has_weights and spec.published_dtype and not spec.packing:
         return f"executor run reads no {as_is(spec.published_dtype)} weights; convert them to {RUN_FROM}"
     return ""
+
+
+def _written(spec: ModelSpec) -> str:
+    """The format in which `executor quantise` packs a model's matrices as a plan has them; empty if it does not."""
+    tensors = (tensor for kind in spec.layer_kinds() for tensor in kind.tensors)
+    names = {tensor.packed.name for tensor in tensors if tensor.packed}
+    return min(names) if len(names) == 1 and all(map(is_written, names)) else ""
+
+
+def _to_pack(spec: ModelSpec) -> str:
+    """What has to be done to have weights packed as a plan has them."""
+    if form := _written(spec):
+        return f"executor quantise --format {form}"
+    return f"finding weights with {spec.packing}, which executor quantise does not write"
+
+
+def _or_pack(spec: ModelSpec, stored: ModelSpec) -> str:
+    """The other way, if there is one, where weights are stored otherwise than a plan has them."""
+    is_plain = not (stored.packing or stored.published_dtype)  # what is packed already is not packed anew
+    return f", or pack them with {_to_pack(spec)}" if is_plain and _written(spec) else ""

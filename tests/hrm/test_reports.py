@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -10,11 +11,13 @@ from random import Random
 import pytest
 import yaml
 
+from executor.quantise.publications import publication_of
 from hrm.causes import Cause
 from hrm.cli.texts import run_text
 from hrm.costs import Costs
+from hrm.errors import ModelError
 from hrm.estimate import estimate
-from hrm.formats import PackedFormat
+from hrm.formats import packed_format
 from hrm.hardware import Figure, HardwareProfile, Rate, Source
 from hrm.latency import LatencyLimits
 from hrm.machines import compose, dump_profile, load_gpu, save_profile
@@ -419,12 +422,31 @@ def test_weights_that_are_published_quantised_are_converted_before_they_are_run(
         told = run_text(str(tmp_path), Path("p.json"), spec=as_stored, stored=as_stored, profile=profile)
         assert f"executor run --model {tmp_path} --policy p.json" in told
         assert "after" not in told
-    packed = packed_as(plain, PackedFormat(code="int4", columns=32, scale="bf16"))
-    assert "(after executor quantise: experts in int4-g32)" in run_text(
-        "mixtral-8x7b", Path("p.json"), spec=packed, stored=plain, profile=profile
-    )
     otherwise = run_text(str(tmp_path), None, spec=gpt_oss.without_packing, stored=gpt_oss, profile=profile)
-    assert "reads weights as they are stored: experts in mxfp4" in otherwise
+    assert "reads weights as they are stored: experts in mxfp4; plan so[/]" in otherwise
+
+
+@pytest.mark.parametrize(
+    ("name", "is_written"),
+    [("int4-g32", True), ("fp8-b128", True), ("mxfp4", True), ("int8", True), ("nvfp4", False), ("int4-g24", False)],
+)
+def test_quantise_is_advised_for_the_formats_that_it_writes(tmp_path, name, is_written):
+    plain, profile = BUILT_IN_MODELS["mixtral-8x7b"], compose("1xT4")
+    form = packed_format(name)
+    assert form is not None
+    packed = packed_as(plain, form)
+    by_name = run_text("mixtral-8x7b", Path("p.json"), spec=packed, stored=plain, profile=profile)
+    in_folder = run_text(str(tmp_path), Path("p.json"), spec=packed, stored=plain, profile=profile)
+    assert in_folder.startswith(
+        "[dim]a prediction only: executor run reads weights as they are stored: no matrix packed"
+    )
+    for told in (by_name, in_folder):
+        assert (f"executor quantise --format {name}" in told) == is_written
+    if not is_written:
+        assert f"finding weights with experts in {name}, which executor quantise does not write" in by_name
+        assert in_folder.endswith("; plan so[/]")
+    with nullcontext() if is_written else pytest.raises(ModelError):
+        publication_of(name, "bf16", stacked=False)  # what the command itself asks
 
 
 def test_one_count_of_residents_is_that_of_every_layer_with_experts(hrm, hrm_json, refused):

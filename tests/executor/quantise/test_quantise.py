@@ -276,7 +276,9 @@ def refused(model: Path, out: Path, form: str, *parts: str, error: type[HrmError
     assert before == (sorted(out.parent.iterdir()) if out.parent.exists() else [])
 
 
-@pytest.mark.parametrize("form", ["int3", "int4", "int4-g0", "int8-g32-f16", "nvfp4", "int4-g128-z", "fp8-g32", ""])
+@pytest.mark.parametrize(
+    "form", ["int3", "int4", "int4-g0", "int8-g32-f16", "nvfp4", "int4-g128-z", "fp8-g32", "int4-g3", "fp8-b8", ""]
+)
 def test_other_formats_are_refused_with_those_that_there_are(split, form, tmp_path) -> None:
     refused(split.folder, tmp_path / "out", form, "--format", "int4-gN", error=ModelError)
 
