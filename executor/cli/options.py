@@ -31,7 +31,7 @@ accelerator_options = together(
         show_default=True,
         metavar="NAME",
         help="auto, emulated, cpu, cuda:K (of several GPUs the first, or all, as in cuda:0,2), or null (sleeps for the"
-        " predicted time).",
+        " predicted time and answers nothing).",
     ),
     click.option("--gpu-memory", metavar="16GB", help="Memory of the accelerator to use."),
     click.option("--link-bandwidth", metavar="2GB/s", help="Pace of the emulated accelerator's link."),

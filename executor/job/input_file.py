@@ -43,7 +43,10 @@ Input = Path | str  # a file, or the URL of one
 
 
 def input_named(text: str) -> Input:
-    """The file that a text on the command line names."""
+    """The file that a text on the command line names; JobError for standard input."""
+    if text == "-":
+        rule = "must be a file or a URL, which --resume can read again"
+        raise JobError("--input", text, rule, "write the requests to a file first")
     return text if "://" in text else Path(text)
 
 

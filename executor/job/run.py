@@ -20,7 +20,7 @@ from executor.job.launch import Launch, Reports, launching_model
 from executor.job.machine import as_run
 from executor.job.model import OpenModel, opened
 from executor.job.options import Elsewhere, JobOptions
-from executor.job.outputs import OUTPUTS, RunDirectory, rejected_line
+from executor.job.outputs import OUTPUTS, RunDirectory, failed_line, rejected_line
 from executor.job.progress import Forecast, JobProgress
 from executor.job.report import COMPLETED, Beginning, Counted, Ending, Totals, run_record
 from executor.job.requests import Rejected
@@ -33,6 +33,7 @@ from hrm.units import counted
 
 RUN_JSON: Final = "run.json"
 TRACE_JSON: Final = "trace.json"
+NOT_COMPUTED: Final = "nothing was computed: the null accelerator only sleeps; run it with another --accelerator"
 
 _Record = TypeVar("_Record", RunRecord, FleetRecord)
 
@@ -96,7 +97,7 @@ def _begun(
         model.checkpoint, model.policy, seed=options.seed, computed=computed, sampling=model.defaults
     )
     with RunDirectory(options.output_dir, resume=options.resume) as directory:
-        yield _Job(options, policy_files, model, directory), identity
+        yield _Job(options, policy_files, model, directory, computed=computed), identity
 
 
 @final
@@ -104,9 +105,15 @@ class _Job:
     """One job under way."""
 
     def __init__(
-        self, options: JobOptions, policy_files: Sequence[PolicyFile], model: OpenModel, directory: RunDirectory
+        self,
+        options: JobOptions,
+        policy_files: Sequence[PolicyFile],
+        model: OpenModel,
+        directory: RunDirectory,
+        *,
+        computed: bool,
     ) -> None:
-        self._options, self._policy_file = options, policy_files[0]
+        self._options, self._policy_file, self._computed = options, policy_files[0], computed
         policies = [model.policy, *(other.policy for other in policy_files[1:])]
         self._judge = Judge(model.arch, policies, policy_files[0].workload)
         self._model, self._reader, self._directory = model, model.reader, directory
@@ -298,6 +305,9 @@ class _Job:
 
     def _line_of(self, item: Completion | Rejected) -> dict[str, Any]:
         """The output line of a request that has ended or was rejected."""
+        if isinstance(item, Completion) and not self._computed:
+            self._succeeded += 1  # as well as can be
+            return failed_line(item.request.name, NOT_COMPUTED)
         line = self._model.line_of(item)
         self._succeeded += line["error"] is None
         if isinstance(item, Completion) and line["error"] is not None:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import click
 
-from hrm.errors import ProfileError
+from hrm.errors import HrmError, ProfileError
 from hrm.files import check_writable
 from hrm.layers import ExpertDivision
 from hrm.policy import ScheduleName
@@ -25,6 +25,8 @@ class _OutFile(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if str(path) == "-":
+            raise HrmError(param.opts[0] if param else "path", "-", "must be a file", "name one, or /dev/stdout")
         check_writable(path, remedy=f"choose another {param.opts[0] if param else 'path'}")
         return path
 

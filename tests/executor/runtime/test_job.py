@@ -16,6 +16,7 @@ from executor.handlers import DecodeHandlers
 from executor.job import JobOptions, JobProgress, run_job
 from executor.job.identity import JOB_JSON
 from executor.job.outputs import LOCK, OUTPUTS, RunDirectory
+from executor.job.run import NOT_COMPUTED
 from hrm.model_spec import BUILT_IN_MODELS
 from hrm.policy_file import load_policy_file, save_policy_file
 from hrm.run_record import read_run
@@ -91,6 +92,17 @@ def test_accelerators_and_schedules(run, accelerator, schedule, tmp_path):
     content = json.loads((tmp_path / "run" / "run.json").read_text())
     assert content["schedule"] == schedule
     assert content["accelerator"]["name"] == accelerator
+    nothing = accelerator == "null"
+    for answer in done.values():
+        assert (answer["response"] is None) == (answer["error"] is not None) == nothing
+    if nothing:
+        assert answer["error"]["message"] == NOT_COMPUTED
+
+
+def test_standard_input_is_no_input_that_can_be_read_again(folder, policy_path, tmp_path, capsys):
+    assert exit_code(run_words(folder, policy_path, Path("-"), tmp_path / "run")) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --input is '-': must be a file or a URL, which --resume can read again; write the ")
 
 
 def test_machine_of_one_level_keeps_everything_in_it(run, policy_path, tmp_path, folder):
