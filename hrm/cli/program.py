@@ -85,7 +85,8 @@ class CommandGroup(click.Group):
         name = args[0]
         if not name.startswith("-") and self.get_command(ctx, name) is None:
             remedy = meant(name, self.list_commands(ctx), f"see {ctx.command_path} --help")
-            raise HrmError(name, "<unknown>", f"is no command of {ctx.command_path}", remedy)
+            rule = f"must be one of {', '.join(self.list_commands(ctx))}"
+            raise HrmError(f"COMMAND of {ctx.command_path}", name, rule, remedy)
         found, command, rest = super().resolve_command(ctx, args)
         if command is not None:
             command.context_class = _Context
@@ -224,6 +225,7 @@ def _forget_output() -> None:
         os.close(nowhere)
 
 
+_EXTRA: Final = re.compile(r"Got unexpected extra arguments? \((?P<value>\S+?)[ )]")
 _REFUSED: Final = re.compile(r"(?:\w+ )?'?(?P<value>[^']*?)'? (?P<rule>(?:is|does) .*?)\.?", re.DOTALL)
 
 
@@ -237,16 +239,18 @@ def usage_mistake(error: click.UsageError, program: str) -> HrmError:
             words = {option.strip("-"): option for option in error.possibilities or ()}
             close = closest(error.option_name.strip("-"), words)
             guess = f"did you mean {words[close]}?" if close else remedy
-            return HrmError(error.option_name, "<unknown>", f"is no option of {command}", guess)
+            return HrmError(error.option_name, "<unknown>", f"must be an option of {command}", guess)
         case click.MissingParameter():
             name = parameter_name(error.param)
             return HrmError(name or command, "<missing>", "must be given", remedy)
         case click.BadParameter():
             return _bad_value(error, command, remedy)
         case click.BadOptionUsage() if "does not take" in error.message:
-            return HrmError(error.option_name, "<given a value>", "takes none", remedy)
+            return HrmError(error.option_name, "<given a value>", "must stand alone", remedy)
         case click.BadOptionUsage():
-            return HrmError(error.option_name, "<incomplete>", "needs a value", remedy)
+            return HrmError(error.option_name, "<incomplete>", "must have a value", remedy)
+        case _ if extra := _EXTRA.match(error.message):
+            return HrmError(f"{command}: argument", extra["value"], "must not be there", f"leave it out, or {remedy}")
         case _:
             said = " ".join(error.format_message().split()).rstrip(".")
             return HrmError(command, "<misused>", said[:1].lower() + said[1:], remedy)

@@ -93,7 +93,9 @@ def test_both_programs_tell_a_mistake_in_the_arguments_alike(program):
     command = "search" if program == "hrm" else "run"
     code, err = ended(started(program, command, "--foo", stdout=subprocess.DEVNULL))
     assert code == 2
-    assert err == f"error: --foo is <unknown>: is no option of {program} {command}; see {program} {command} --help\n"
+    assert (
+        err == f"error: --foo is <unknown>: must be an option of {program} {command}; see {program} {command} --help\n"
+    )
     assert err.count("\n") == 1
 
 
@@ -117,11 +119,11 @@ COMMANDS = {
 MISTAKE = re.compile(r"error: (?P<where>.+?) is (?P<value>'.*?'|<.+?>): (?P<rule>.+); (?P<remedy>.+)\n")
 
 
-def mistakes_in(command: click.Command) -> Iterator[tuple[list[str], str, str, str]]:
+def mistakes_in(command: click.Command, path: str) -> Iterator[tuple[list[str], str, str, str]]:
     """Arguments, then what must be said of them: where, which value, and a part of the rule."""
-    yield ["--nothing-like-it"], "--nothing-like-it", "<unknown>", "is no option of"
+    yield ["--nothing-like-it"], "--nothing-like-it", "<unknown>", "must be an option of"
     if isinstance(command, click.Group):
-        yield ["zzz"], "zzz", "<unknown>", "is no command of"
+        yield ["zzz"], f"COMMAND of {path}", "'zzz'", "must be one of "
     elif required := [each for each in command.params if each.required]:
         yield [], parameter_name(required[0]), "<missing>", "must be given"
     for option in command.params:
@@ -129,10 +131,10 @@ def mistakes_in(command: click.Command) -> Iterator[tuple[list[str], str, str, s
             continue
         flag = parameter_name(option)
         if option.is_flag:
-            yield [f"{flag}=x"], flag, "<given a value>", "takes none"
+            yield [f"{flag}=x"], flag, "<given a value>", "must stand alone"
             continue
         if option.type.name != "text" or option.required:  # --kv-on-gpu may stand alone
-            yield [flag], flag, "<incomplete>", "needs a value"
+            yield [flag], flag, "<incomplete>", "must have a value"
         if not option.multiple:
             yield [flag, "1", f"{flag}=2"], flag, "<given twice>", "may be given once only"
         match option.type:
@@ -153,7 +155,7 @@ def mistakes_in(command: click.Command) -> Iterator[tuple[list[str], str, str, s
 @pytest.mark.parametrize("path", COMMANDS)
 def test_every_command_of_both_programs_tells_each_mistake_in_one_line(capsys, path):
     program, *words = path.split()
-    for args, where, value, rule in mistakes_in(COMMANDS[path]):
+    for args, where, value, rule in mistakes_in(COMMANDS[path], path):
         with pytest.raises(SystemExit) as stop:
             import_module(f"{program}.cli").main([*words, *args])
         out, err = capsys.readouterr()
