@@ -163,10 +163,21 @@ def format_bandwidth(bytes_per_s: float) -> str:
 
 def format_flops(flops_per_s: float) -> str:
     """Print a compute rate: `65.0 TFLOP/s`."""
-    for unit, size in (("TFLOP/s", 1e12), ("GFLOP/s", 1e9)):
+    for unit, size in (("TFLOP/s", 1e12), ("GFLOP/s", 1e9), ("MFLOP/s", 1e6)):
         if abs(flops_per_s) >= size:
             return f"{_three_digits(flops_per_s / size)} {unit}"
-    return f"{flops_per_s:.3g} FLOP/s"
+    return f"{flops_per_s:.0f} FLOP/s"
+
+
+def format_number(value: float) -> str:
+    """Print a number with four significant digits or more and no exponent: `0.02`, `335.5`, `4393`, `101,990`."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    if abs(value) >= 9999.5:
+        return f"{value:,.0f}"
+    if abs(value) < 1e-4:
+        return f"{value:.{3 - math.floor(math.log10(abs(value)))}f}".rstrip("0")
+    return f"{value:.4g}"
 
 
 def format_count(count: float) -> str:

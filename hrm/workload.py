@@ -7,6 +7,7 @@ from typing import Final
 
 from hrm.errors import WorkloadError, meant
 from hrm.numeric import Number, maximum, minimum
+from hrm.units import format_number
 
 # Beyond these, bytes of a whole batch would overflow 64-bit integers.
 MAX_LEN: Final = 10**7
@@ -39,7 +40,7 @@ class Workload:
             (
                 "max_prompt_len",
                 self.max_prompt_len >= self.prompt_len,
-                f"must be at least the mean prompt_len {self.prompt_len:g}",
+                f"must be at least the mean prompt_len {format_number(self.prompt_len)}",
             ),
             (
                 "mean_gen_len",

@@ -8,12 +8,13 @@ import atexit
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
-from types import FrameType
-from typing import Final
 
-_SIGNALLED: Final = 128  # a shell's code of what a signal ended is this and the signal's number
+TYPE_CHECKING = False  # without `typing`, which takes longer to import than all else here
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+_SIGNALLED = 128  # a shell's code of what a signal ended is this and the signal's number
 
 
 def hrm() -> None:
@@ -44,10 +45,11 @@ def _begin() -> "_End":
     return end
 
 
-def _at_once(number: int, _: FrameType | None) -> None:
-    with suppress(OSError):
+def _at_once(number: int, _: "FrameType | None") -> None:
+    try:
         os.write(2, b"\ninterrupted\n")
-    os._exit(_SIGNALLED + number)
+    finally:
+        os._exit(_SIGNALLED + number)
 
 
 class _End:
@@ -59,7 +61,7 @@ class _End:
 
     _code: int | None = None
 
-    def call(self, main: Callable[[], None]) -> None:
+    def call(self, main: "Callable[[], None]") -> None:
         """Call a command line, which tells by its exit code whether a signal has ended it."""
         try:
             main()
@@ -72,7 +74,8 @@ class _End:
         """End the process if a signal has ended its command."""
         if self._code is None:
             return
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
+        try:
+            for stream in (sys.stdout, sys.stderr):
                 stream.flush()
-        os._exit(self._code)
+        finally:
+            os._exit(self._code)

@@ -12,7 +12,7 @@ from hrm.files import is_folder
 from hrm.policy import Policy
 from hrm.policy_file import PolicyFile, load_policy_file
 from hrm.profiling.environment import host_facts
-from hrm.units import counted
+from hrm.units import counted, format_number
 
 FILES: Final = "*.json"  # of a folder of policies
 
@@ -33,7 +33,7 @@ class Plan:
         """The plan in a line, where this policy of it is run."""
         ranks = self.file.num_gpus
         group = f", {counted(ranks, 'rank')}" if ranks > 1 else ""
-        rate = f", predicted {self.tokens_per_s:.4g} tokens/s" if self.tokens_per_s else ""
+        rate = f", predicted {format_number(self.tokens_per_s)} tokens/s" if self.tokens_per_s else ""
         return (
             f"{Path(self.path).name} (for {self.file.profile.name}): {policy.schedule.value}, batches of"
             f" {policy.batch_size} in micro-batches of {policy.micro_batch_size}"

@@ -8,6 +8,7 @@ from typing import Any, Final
 from hrm.errors import HrmError, WorkloadError
 from hrm.scaling import Resource, resource_value, scale, with_resource
 from hrm.search import Space
+from hrm.units import format_number
 
 
 class Whole(StrEnum):
@@ -36,7 +37,7 @@ class Whole(StrEnum):
 
     def show(self, factor: float) -> str:
         """The factor as it is printed."""
-        return f"{factor:.3g}"
+        return f"{factor:.3g}" if factor < 1000 else format_number(factor)
 
 
 _RESOURCES: Final = {
@@ -66,7 +67,7 @@ class Length(StrEnum):
 
     def show(self, tokens: float) -> str:
         """The number as it is printed."""
-        return f"{tokens:g}"
+        return format_number(tokens)
 
 
 Swept = Resource | Whole | Length

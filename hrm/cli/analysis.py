@@ -82,7 +82,7 @@ def _show_formats(space: "Space", about: str, percent: float | None, output: Tab
         return [row["weights"], row["kv_format"], format_bytes(row["weight_bytes"]), *sizes, show_change(row["change"])]
 
     headings = ("weights", "KV cache", "bytes", "GPU", "host", "change")
-    plan = ("tokens/s", PAPER_SYMBOLS, "decode limit")
+    plan = ("tokens/s", PAPER_SYMBOLS, "limited by")
     output.show(frame, about, lambda: print_frame(frame, headings, cells, plan))
 
 
@@ -104,7 +104,7 @@ def _show_resources(space: "Space", about: str, percent: float, output: TableOut
                 show_change(row["change"]),
                 show_change(row["same_policy_change"]),
             ],
-            plan=(PAPER_SYMBOLS, "decode limit"),
+            plan=(PAPER_SYMBOLS, "limited by"),
         )
         console.print(f"\n{_what_pays(frame, percent)}")
 

@@ -13,7 +13,7 @@ from hrm.errors import PolicyError, ProfileError
 from hrm.hardware import HardwareProfile
 from hrm.scaling import given_resources, resources, with_resource
 from hrm.search import Space
-from hrm.units import format_bytes
+from hrm.units import format_bytes, format_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,7 +55,7 @@ def show_machines(compared: Compared, output: TableOutput) -> None:
         frame = compare_machines(compared.spaces, on_point=on_point)
 
     def cells(row: dict[str, Any]) -> list[str]:
-        return [row["machine"], "–" if row["reason"] else f"{row['tokens_per_s_a_gpu']:.4g}"]
+        return [row["machine"], "–" if row["reason"] else format_number(row["tokens_per_s_a_gpu"])]
 
     about = compared.about(f"on {len(compared.spaces)} machines")
     output.show(frame, about, lambda: print_frame(frame, ("machine", "a GPU"), cells))
@@ -139,4 +139,4 @@ def _print_front(front: Front, frame: "pd.DataFrame", cost: str) -> None:
     if front is Front.CPU_MEMORY and known:
         most = max(row["tokens_per_s"] for row in known)
         enough = min(row[cost] for row in known if row["tokens_per_s"] >= 0.95 * most)
-        console.print(f"\n{format_bytes(enough)} are enough for 95 % of the most, {most:.4g} tokens/s")
+        console.print(f"\n{format_bytes(enough)} are enough for 95 % of the most, {format_number(most)} tokens/s")

@@ -13,13 +13,13 @@ from hrm.cli.tables import TableOutput, print_frame, searching
 from hrm.errors import PolicyError, ProfileError
 from hrm.hardware import HardwareProfile
 from hrm.policy import PAPER_SYMBOLS
-from hrm.units import counted, format_seconds
+from hrm.units import counted, format_number, format_seconds
 
 if TYPE_CHECKING:
     from hrm.analysis.fleet import Fleet
 
 MOST_OF_A_KIND: Final = 10**6
-FLEET_CELLS: Final = ("tokens/s", PAPER_SYMBOLS, "decode limit")  # of the plan of one machine
+FLEET_CELLS: Final = ("tokens/s", PAPER_SYMBOLS, "limited by")  # of the plan of one machine
 _KIND: Final = re.compile(r"(?:([0-9]{1,9})x)?\(([^()]+)\)|([^()]+)")
 _BETWEEN: Final = re.compile(r",(?![^(]*\))")  # a comma outside brackets
 
@@ -105,7 +105,11 @@ fleet_options = together(
         metavar="3x(4xT4),2x(1xL4)",
         help="Machines that share the job: so many of each kind, and in brackets what --gpus would say of one.",
     ),
-    once_option("--prices", metavar="4xT4=2.4,1xL4=0.7", help="What a machine of each kind of --fleet costs an hour."),
+    once_option(
+        "--prices",
+        metavar="4xT4=2.4,1xL4=0.7",
+        help="What a machine of each kind of --fleet costs an hour, in any one currency.",
+    ),
 )
 
 
@@ -142,7 +146,7 @@ def _print_fleet(fleet: "Fleet") -> None:
             f"{row['count']} × {row['kind']}",
             f"{row['share']:.1%}",
             *([f"{row['num_requests']}"] if ends else []),
-            f"{row['tokens_per_s_of_all']:.4g}",
+            format_number(row["tokens_per_s_of_all"]),
             *([f"{row['tokens_per_price']:,.0f}"] if priced else []),
         ]
 
@@ -151,14 +155,15 @@ def _print_fleet(fleet: "Fleet") -> None:
         "share",
         *(["requests of each"] if ends else []),
         "together",
-        *(["tokens for 1"] if priced else []),
+        *(["tokens for each 1 paid"] if priced else []),
     ]
     print_frame(fleet.rows, headings, cells, FLEET_CELLS)
-    total = [f"{fleet.tokens_per_s:.4g} tokens/s"]
+    total = [f"{format_number(fleet.tokens_per_s)} tokens/s"]
     if fleet.seconds is not None:
         total.append(f"all answered in {format_seconds(fleet.seconds)}")
     if fleet.price_per_hour is not None and fleet.tokens_per_price is not None:
-        total.append(f"{fleet.price_per_hour:g} an hour, {fleet.tokens_per_price:,.0f} tokens for 1 of it")
+        rate = f"{fleet.tokens_per_price:,.0f} tokens for each 1 paid"
+        total.append(f"at {format_number(fleet.price_per_hour)} an hour, {rate}")
     if fleet.price is not None:
-        total.append(f"{fleet.price:.4g} for the job")
+        total.append(f"{format_number(fleet.price)} to pay for the job")
     console.print(f"\nthe fleet: {'; '.join(total)}")

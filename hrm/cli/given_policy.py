@@ -105,8 +105,8 @@ class GivenPolicy:
 
         policy = self.policy(spec, profile, workload, formats)
         if not plan(self).fits:
-            may_give_up_experts = profile.has_accelerator and any(policy.resident_experts)
-            remedy = _smaller(self, lambda given: plan(given).fits, without_experts=may_give_up_experts)
+            residents = max(policy.resident_experts) if profile.has_accelerator else 0
+            remedy = _smaller(self, lambda given: plan(given).fits, residents)
             if not remedy and policy.prefill_ffn is Device.GPU and not policy.staging:
                 most = self._part(spec, profile, policy.expert_division).num_experts
                 count = _largest(most, lambda n: plan(replace(self, experts_per_part=n)).fits)
@@ -176,27 +176,33 @@ given_policy_options = together(
 )
 
 
-def _smaller(given: GivenPolicy, fits: Callable[[GivenPolicy], bool], *, without_experts: bool) -> str:
+def _smaller(given: GivenPolicy, fits: Callable[[GivenPolicy], bool], residents: int) -> str:
     """The options of the largest batch that fits, in smaller or fewer micro-batches; or empty.
 
-    Resident experts are given up only if nothing fits beside them.
+    Of so many resident experts a layer some are given up only if nothing fits beside all, and no more than must be.
     """
-    kept = [(given, "")]
-    if without_experts:
-        kept.append((replace(given, resident_experts="0"), " --resident-experts 0"))
-    for changed, options in kept:
+
+    def told(changed: GivenPolicy, options: str) -> str:
+        if changed.resident_experts == given.resident_experts:
+            return options
+        most = _largest(residents, lambda count: fits(replace(changed, resident_experts=str(count))))
+        return f"{options} --resident-experts {most}".strip()
+
+    kept = [given]
+    if residents:
+        kept.append(replace(given, resident_experts="0"))
+    for changed in kept:
         size = _largest(changed.micro_batch_size, lambda u, of=changed: fits(replace(of, micro_batch_size=u)))
         number = _largest(changed.num_micro_batches, lambda n, of=changed: fits(replace(of, num_micro_batches=n)))
         if size == changed.micro_batch_size:
-            return options.strip()
+            return told(changed, "")
         if number * given.micro_batch_size > size * given.num_micro_batches:
-            return f"-n {number}{options}"
+            return told(replace(changed, num_micro_batches=number), f"-n {number}")
         if size:
-            return f"-u {size}{options}"
-    last, options = kept[-1]
-    least = replace(last, num_micro_batches=1)
+            return told(replace(changed, micro_batch_size=size), f"-u {size}")
+    least = replace(kept[-1], num_micro_batches=1)
     size = _largest(given.micro_batch_size, lambda u: fits(replace(least, micro_batch_size=u)))
-    return f"-u {size} -n 1{options}" if size else ""
+    return told(replace(least, micro_batch_size=size), f"-u {size} -n 1") if size else ""
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:

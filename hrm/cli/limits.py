@@ -6,7 +6,7 @@ from typing import Any, Final
 from hrm.causes import Cause, spent_of
 from hrm.estimate import Estimate
 from hrm.launches import Launches, launches_of
-from hrm.units import format_seconds
+from hrm.units import format_number, format_seconds
 
 _NOTICED: Final = 1.01  # times as fast
 
@@ -19,12 +19,11 @@ def launches_text(estimate: Estimate) -> list[str]:
 def _lines(launches: Launches) -> list[str]:
     what = "GPU kernels" if launches.cause is Cause.GPU_LAUNCHES else "CPU operators"
     each = f"{format_seconds(launches.latency_s.value)} each ({launches.latency_s.source.value})"
-    free = f"{launches.free_tokens_per_s:.4g} without launch costs (CUDA graphs)"
-    fused = (
-        ""
-        if launches.fused_count is None
-        else f"{launches.fused_tokens_per_s:.4g} tokens/s with fused kernels ({launches.fused_count:,.0f} launches), "
-    )
+    free = f"{format_number(launches.free_tokens_per_s)} without launch costs (CUDA graphs)"
+    fused = ""
+    if launches.fused_count is not None and launches.fused_tokens_per_s is not None:
+        rate = format_number(launches.fused_tokens_per_s)
+        fused = f"{rate} tokens/s with fused kernels ({launches.fused_count:,.0f} launches), "
     share = f"{launches.share:.0%} of the time"
     return [
         f"this executor launches {launches.count:,.0f} {what} at {each}, {share}",
@@ -43,7 +42,7 @@ def written_out_text(estimate: Estimate) -> list[str]:
         return []
     return [
         "this executor's GPU writes packed weights out as plain numbers before it multiplies by them",
-        f"other engines with this policy: {fused.tokens_per_s:.4g} tokens/s with fused kernels",
+        f"other engines with this policy: {format_number(fused.tokens_per_s)} tokens/s with fused kernels",
     ]
 
 

@@ -46,8 +46,10 @@ class WorkloadChoice:
         base = named_workload("mtbench" if self.workload is None else self.workload)
         mean = base.prompt_len if self.prompt_len is None else self.prompt_len
         longest = base.max_prompt_len if self.prompt_len is None else _longest(mean)
+        named = any(value is not None for value in (*lengths, self.mean_gen_len))
         return replace(
             base,
+            name=f"{base.name} with other lengths" if named else base.name,
             prompt_len=mean,
             max_prompt_len=longest if self.max_prompt_len is None else self.max_prompt_len,
             gen_len=base.gen_len if self.gen_len is None else self.gen_len,

@@ -39,6 +39,7 @@ from hrm.policy_file import policy_file_of, save_policy_file
 from hrm.search import SOLVERS, SearchResult, Solver, solver_named
 from hrm.search import search as best_policy
 from hrm.tasks import Device
+from hrm.units import format_number
 from hrm.workload import Workload
 
 DEFAULT_SOLVER: Final = "exhaustive"
@@ -175,7 +176,7 @@ def _trials_bar(solver: Solver) -> Generator[Solver]:
 
     def advance(number: int, best: float) -> None:
         bar.start()
-        bar.update(shown, completed=number, description=f"best {best:.4g} tokens/s")
+        bar.update(shown, completed=number, description=f"best {format_number(best)} tokens/s")
 
     try:
         yield replace(solver, progress=advance)

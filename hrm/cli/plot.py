@@ -22,6 +22,7 @@ from hrm.model_spec import load_model
 from hrm.policy import ScheduleName
 from hrm.scaling import Resource
 from hrm.tasks import Phase
+from hrm.units import format_number
 from hrm.workload import Workload
 
 if TYPE_CHECKING:
@@ -242,8 +243,8 @@ def _print_sweep(frame: "pd.DataFrame", what: Swept) -> None:
         table.add_row(
             row["schedule"],
             value,
-            f"{row['tokens_per_s']:.4g}",
-            f"{row['bound_tokens_per_s']:.4g}",
+            format_number(row["tokens_per_s"]),
+            format_number(row["bound_tokens_per_s"]),
             str(row["batch_size"]),
             str(row["micro_batch_size"]),
             row["attention"],

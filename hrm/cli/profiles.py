@@ -16,7 +16,7 @@ from hrm.errors import ProfileError
 from hrm.hardware import NOISY_SPREAD, GpuCard, HardwareProfile, Host
 from hrm.machines import compose, dump_profile, load_any, parse_gpus, without_gpus
 from hrm.profile_diff import FigureDiff, ProfileDiff, Verdict, diff_profiles
-from hrm.units import counted, format_bandwidth, format_bytes, format_flops, format_seconds
+from hrm.units import counted, format_bandwidth, format_bytes, format_flops, format_number, format_seconds
 
 DIFF = "diff"
 TOLD_CHANGE = 0.10  # diff says in how many figures it would notice a change of this size
@@ -153,7 +153,7 @@ def _print_figures(diff: ProfileDiff, *, show_all: bool) -> None:
             show(figure.first.value),
             show(figure.second.value),
             f"[{color}]{_change_text(figure.change)}{' !' if figure.is_noisy else ''}[/]",
-            f"{change:+.0%} at {size:.4g}" if change else "",
+            f"{change:+.0%} at {format_number(size)}" if change else "",
             figure.verdict.value,
         )
     console.print(table)

@@ -4,9 +4,9 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from hrm.causes import Limit
 from hrm.cli.console import as_is, console, plain_table
 from hrm.cli.limits import launches_json, launches_text, limits_json, written_out_text
+from hrm.cli.search_report import gpus_text, print_search, print_ways
 from hrm.cli.texts import formats_text, given_text, latency_text, range_text, warning_text
 from hrm.estimate import Estimate, PhaseEstimate
 from hrm.hardware import HardwareProfile
@@ -18,9 +18,9 @@ from hrm.policy import PAPER_SYMBOLS, Parallelism, Policy
 from hrm.ranges import ThroughputRange, throughput_range
 from hrm.roofline import TurningPoints, attention_turning_points, ffn_turning_points
 from hrm.scaling import given_resources
-from hrm.search.result import SearchResult, Way
+from hrm.search.result import SearchResult
 from hrm.tasks import Device
-from hrm.units import counted, format_bytes, format_count, format_seconds
+from hrm.units import counted, format_bytes, format_count, format_number, format_seconds
 from hrm.workload import Workload
 
 
@@ -144,7 +144,7 @@ def print_plan(
         console.print(warning)
     requests = "without end" if workload.num_requests is None else str(workload.num_requests)
     console.print(
-        f"workload {as_is(workload.name)}: prompts of {workload.prompt_len:g} tokens on average and "
+        f"workload {as_is(workload.name)}: prompts of {format_number(workload.prompt_len)} tokens on average and "
         f"{workload.max_prompt_len} at most, {workload.gen_len} generated, requests {requests}\n"
     )
     _print_policy(estimate, spec, workload, profile)
@@ -155,8 +155,8 @@ def print_plan(
     _print_memory(estimate)
     _print_turning_points(_turning_points(estimate, workload), estimate)
     if search is not None:
-        _print_ways(search)
-        _print_search(search)
+        print_ways(search)
+        print_search(search)
 
 
 def _kind_of_machine(profile: HardwareProfile) -> str:
@@ -176,7 +176,7 @@ def _print_policy(estimate: Estimate, spec: ModelSpec, workload: Workload, profi
     console.print(f"  {counted(policy.batch_size, 'request')} a batch in {batches}")
     num_gpus = len(policy.gpus) or profile.num_gpus
     if policy.gpus:
-        console.print(f"  on {_gpus_text(policy.gpus)} of {profile.num_gpus} GPUs: the others would make it no faster")
+        console.print(f"  on {gpus_text(policy.gpus)} of {profile.num_gpus} GPUs: the others would make it no faster")
     if estimate.stages:
         lengths = " + ".join(map(str, policy.stage_lengths))
         console.print(f"  in a pipeline of stages of {lengths} layers, as many batches at once as stages; the slowest:")
@@ -241,8 +241,8 @@ def _print_prediction(estimate: Estimate, workload: Workload, ends: ThroughputRa
     share = estimate.tokens_per_s / estimate.bound_tokens_per_s
     what = "batch" if workload.num_requests is None else "job"
     console.print(
-        f"[bold]predicted[/]  [bold green]{estimate.tokens_per_s:.4g} tokens/s[/] generated, "
-        f"{share:.0%} of the bound {estimate.bound_tokens_per_s:.4g}"
+        f"[bold]predicted[/]  [bold green]{format_number(estimate.tokens_per_s)} tokens/s[/] generated, "
+        f"{share:.0%} of {format_number(estimate.bound_tokens_per_s)}, the bound of this policy, if nothing waited"
     )
     if ends is not None and not ends.is_narrow:
         console.print(f"  {range_text(ends)}")
@@ -315,80 +315,6 @@ def _print_turning_points(points: dict[str, TurningPoints], estimate: Estimate) 
     for name, point in points.items():
         numbers = (point.intensity, point.p1, point.p2, point.balance)
         verdict = "all of its data lies on the GPU" if shares[name] == 1 else point.verdict
-        table.add_row(name, *(f"{number:.4g}" for number in numbers), verdict)
+        table.add_row(name, *(format_number(number) for number in numbers), verdict)
     console.print(table)
     console.print("[dim]  FLOPs a byte of the data that lies on the host[/]\n")
-
-
-def _print_search(search: SearchResult) -> None:
-    if search.runner_ups:
-        phase, _ = _last_limit(search.runner_ups[0])
-        table = plain_table(f"runner-up {PAPER_SYMBOLS}", "tokens/s", f"{phase} limited by")
-        for estimate in search.runner_ups:
-            table.add_row(
-                str(estimate.paper_tuple), f"{estimate.tokens_per_s:.4g}", _last_limit(estimate)[1].cause.value
-            )
-        console.print(table)
-    console.print(
-        f"[dim]{search.solver} search: {search.evaluations:,} {search.evaluates}, "
-        f"{search.simulated} of them simulated, in {search.seconds:.2f} s; {_why(search)}[/]"
-    )
-
-
-def _print_ways(search: SearchResult) -> None:
-    """How several GPUs share the work, how they could, and why not so."""
-    if not search.ways or search.best is None:
-        return
-    chosen = search.best.policy
-    table = plain_table("several GPUs", "tokens/s", "why")
-    for way in sorted(search.ways, key=lambda way: not way.is_of(chosen)):
-        name = f"{_way_text(way)}{' (chosen)' if way.is_of(chosen) else ''}"
-        at_most = f"≤ {way.at_most_tokens_per_s:.4g}" if way.at_most_tokens_per_s and not way.is_of(chosen) else ""
-        if way.best is not None:
-            table.add_row(name, f"{way.best.tokens_per_s:.4g} {at_most}".strip(), _about_way(way, way.best))
-        elif at_most:
-            table.add_row(name, at_most, "too little to gain, by a bound on all policies so")
-        else:
-            table.add_row(name, "–", way.obstacle or "no policy fits so")
-    console.print(table)
-    console.print()
-
-
-def _way_text(way: Way) -> str:
-    """How the work is shared, and by which GPUs if not by all."""
-    if not way.gpus:
-        return way.words
-    return f"{_gpus_text(way.gpus)} alone{f', {way.words}' if len(way.gpus) > 1 else ''}"
-
-
-def _gpus_text(gpus: tuple[int, ...]) -> str:
-    return f"GPU{'s' if len(gpus) > 1 else ''} {', '.join(map(str, gpus))}"
-
-
-def _last_limit(best: Estimate) -> tuple[str, Limit]:
-    """What limits decode, or prefill where that generates the only token."""
-    if best.decode.seconds:
-        return "decode", best.limits.decode
-    return "prefill", best.limits.prefill
-
-
-def _about_way(way: Way, best: Estimate) -> str:
-    name, limits = _last_limit(best)
-    limit = f"{name} limited by {limits.cause.phrase}"
-    held = f"{best.weight_share_on_gpu:.0%} of the weights stay on the GPUs"
-    if len(way.gpus) == 1:
-        return f"{held}; {limit}"
-    if way.parallelism is Parallelism.PIPELINE:
-        return f"{held}, each link moves whole layers; {limit}"
-    reduced = (best.prefill.work.all_reduce_s + best.decode.work.all_reduce_s) / best.seconds
-    return f"{held}, all-reduces take {reduced:.0%} of the time; {limit}"
-
-
-def _why(search: SearchResult) -> str:
-    """How good the chosen policy is, in words."""
-    if math.isinf(search.bound_tokens_per_s):  # with limits on waiting times, or of unequal GPUs
-        return f"{search.outcome.value}; there is no bound to hold it against"
-    bound = f"no policy can exceed {search.bound_tokens_per_s:.4g} tokens/s"
-    if search.gap < 0.0005:
-        return f"{search.outcome.value}: {bound}"
-    return f"{search.outcome.value}, to within {search.gap:.1%}: {bound}"

@@ -14,7 +14,7 @@ from hrm.cli.console import as_is, console, plain_table, print_json
 from hrm.cli.params import OUT_FILE, json_option, together
 from hrm.files import write_whole
 from hrm.policy import PAPER_SYMBOLS
-from hrm.units import format_seconds
+from hrm.units import format_number, format_seconds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,11 +115,11 @@ def _parallel(row: dict[str, Any]) -> str:
 
 # Columns that tell of a plan: the heading, and what makes the cell of a row.
 PLAN_CELLS: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
-    "tokens/s": lambda row: f"{row['tokens_per_s']:.4g}",
-    "of bound": lambda row: f"{row['tokens_per_s'] / row['bound_tokens_per_s']:.0%}",
+    "tokens/s": lambda row: format_number(row["tokens_per_s"]),
+    "of its bound": lambda row: f"{row['tokens_per_s'] / row['bound_tokens_per_s']:.0%}",
     "parallel": lambda row: _parallel(row) if isinstance(row["parallelism"], str) else "–",
     PAPER_SYMBOLS: lambda row: row["policy"],
-    "decode limit": lambda row: row["decode_bottleneck"],
+    "limited by": lambda row: row["bottleneck"],  # the whole job, as the throughput is
 }
 
 

@@ -15,7 +15,7 @@ from hrm.parallel import undivided_vector
 from hrm.policy import Parallelism
 from hrm.ranges import ASSUMED_SHARE, ThroughputRange
 from hrm.scaling import given_resources
-from hrm.units import format_seconds
+from hrm.units import format_number, format_seconds
 
 RUN_FROM: Final = "bfloat16, float16 or float32"  # what checkpoints that are run may hold
 
@@ -54,7 +54,8 @@ def range_text(ends: ThroughputRange) -> str:
         causes.append(f"assumed figures are up to {ASSUMED_SHARE:.0%} off{named}")
     if ends.spread:
         causes.append(f"measured ones as far as they spread ({_some(ends.spread)})")
-    return f"between {ends.low_tokens_per_s:.4g} and {ends.high_tokens_per_s:.4g} tokens/s, if {' and '.join(causes)}"
+    low, high = map(format_number, (ends.low_tokens_per_s, ends.high_tokens_per_s))
+    return f"between {low} and {high} tokens/s, if {' and '.join(causes)}"
 
 
 def _some(names: tuple[str, ...]) -> str:

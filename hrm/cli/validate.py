@@ -12,7 +12,7 @@ from hrm.cli.params import json_option
 from hrm.cli.texts import warning_text
 from hrm.run_record import FleetRecord, read_record, read_run
 from hrm.tasks import Phase
-from hrm.units import counted, format_bytes, format_seconds
+from hrm.units import counted, format_bytes, format_number, format_seconds
 from hrm.validate import Comparison, FleetValidation, Validation, validate_fleet
 from hrm.validate import validate as compare
 
@@ -44,7 +44,7 @@ def print_fleet(validation: FleetValidation) -> None:
     fleet = validation.fleet
     console.print(
         f"[bold]{counted(len(fleet.workers), 'worker')}[/], {fleet.requests} requests, "
-        f"{fleet.tokens_per_s:.4g} tokens/s from the first request to the last answer ({fleet.outcome})\n"
+        f"{format_number(fleet.tokens_per_s)} tokens/s from the first request to the last answer ({fleet.outcome})\n"
     )
     table = plain_table("worker", "node", "policy", "requests", "measured tokens/s", "predicted", "error")
     for one in fleet.workers:
@@ -107,7 +107,7 @@ def print_validation(validation: Validation) -> None:
 
 
 def _rate(value: float) -> str:
-    return f"{value:.4g}"
+    return format_number(value)
 
 
 def _add(table: Table, name: str, comparison: Comparison, show: Callable[[float], str]) -> None:

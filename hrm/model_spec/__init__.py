@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hrm.errors import ModelError, meant
 from hrm.files import is_file, is_folder
-from hrm.hub import HubModel
+from hrm.hub import CONFIG_FILE, HubModel
 from hrm.model_spec.by_name import BUILT_IN_MODELS
 from hrm.model_spec.config_file import Keys, read_config
 from hrm.model_spec.dimensions import Dimensions
@@ -48,7 +48,12 @@ def load_model(model: str) -> ModelSpec:
     if model in BUILT_IN_MODELS:
         return BUILT_IN_MODELS[model]
     path = Path(model)
-    path = path / "config.json" if is_folder(path) else path
+    if is_folder(path):
+        path /= CONFIG_FILE
+        if not is_file(path):
+            raise ModelError(
+                "--model", model, f"has no {CONFIG_FILE}", "download it too, or name the folder that has it"
+            )
     on_hub = None if is_file(path) else HubModel.named(model)
     if on_hub is not None:
         return spec_as_stored(decoder_keys(read_config(on_hub.config()), on_hub.config_name))

@@ -10,6 +10,7 @@ from hrm.errors import HrmError
 from hrm.plots import style
 from hrm.plots.columns import axis_of, require_columns
 from hrm.plots.labels import Labels, Spot
+from hrm.units import format_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -211,7 +212,7 @@ def _name_contours(labels: Labels, contours: Any) -> None:
         chosen = points[np.linspace(0, len(points) - 1, 9).astype(int)]
         pixels = labels.axes.transData.transform(chosen)
         spots = [Spot(float(x), float(y), ha="center", va="center") for x, y in pixels]
-        labels.place([f"{level:g}"], spots, colour=style.BLACK, required=False)
+        labels.place([format_number(level)], spots, colour=style.BLACK, required=False)
 
 
 def _legend(figure: Any, names: list[str], value: str | None) -> None:

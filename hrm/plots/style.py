@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hrm.errors import HrmError
 from hrm.files import check_writable, write_whole
+from hrm.units import format_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,6 +48,7 @@ _LOOK: Final[dict[str, Any]] = {
     "axes.titlelocation": "left",
     "figure.titlesize": TEXT_POINTS + 1,
     "grid.linewidth": 0.4,
+    "axes.formatter.limits": (-4, 15),  # no powers of ten beside an axis
     "grid.color": "#DDDDDD",
     "hatch.linewidth": 0.5,
     "legend.fontsize": SMALL_POINTS,
@@ -127,7 +129,7 @@ def set_logarithmic(axes: Any, which: str) -> None:
 
 
 def _plainly(value: float, _: int) -> str:
-    return f"{value:g}"
+    return format_number(value)
 
 
 def check_path(path: Path | None) -> None:

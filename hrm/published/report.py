@@ -30,7 +30,7 @@ from hrm.published.scaling import (
     published_steps_s,
 )
 from hrm.published.systems import IMPLEMENTATIONS
-from hrm.units import format_bandwidth, format_bytes, format_flops
+from hrm.units import format_bandwidth, format_bytes, format_flops, format_number
 
 WIDTH: Final = 100
 
@@ -66,8 +66,8 @@ def _table(comparisons: Sequence[ComparedRun]) -> Table:
             table.add_row(
                 f"  {run.system.value}",
                 f"{run.micro_batch_size}, {predicted.policy.num_micro_batches}",
-                f"{predicted.tokens_per_s:.4g}",
-                f"{run.tokens_per_s:.4g}",
+                format_number(predicted.tokens_per_s),
+                format_number(run.tokens_per_s),
                 f"{comparison.error:+.1%}",
                 f"{predicted.prefill.seconds:.0f} s",
                 predicted.limits.prefill.cause.value,

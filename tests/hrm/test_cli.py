@@ -228,7 +228,7 @@ MISTAKES = {
     "a place that cannot be written": ([*ESTIMATE, "--out", "/no/such/p.json"], "must be writable"),
     "a model that is not there": (["models", "nowhere"], "--model is 'nowhere'"),
     "a machine that is not there": (["profiles", "nowhere"], "nowhere"),
-    "an unknown command": (["serach"], "serach is <unknown>: is no command of hrm; did you mean search?"),
+    "an unknown command": (["serach"], "COMMAND of hrm is 'serach': must be one of profile, "),
     "an unknown option": (["search", "--modle", "dbrx"], "--modle is <unknown>"),
     "an option without its value": (["search", "--model"], "--model is <incomplete>"),
     "an option left out": (["search", "--gpus", "T4"], "--model is <missing>: must be given"),
@@ -242,7 +242,7 @@ MISTAKES = {
         "--dtype is 'bfloat16': must be one that NVIDIA T4 computes in; leave it out, or give --dtype float16",
     ),
     "an unknown schedule": ([*ESTIMATE, "--schedule", "s9"], "--schedule is 's9': must be one of cgopipe, "),
-    "a word too many": (["search", *T4, "fast"], "unexpected extra argument"),
+    "a word too many": (["search", *T4, "fast"], "argument is 'fast': must not be there"),
     "steps out of range": (
         ["simulate", "--steps", "0"],
         "--steps is '0': must be a whole number of at least 1 and at most 64",
@@ -305,7 +305,7 @@ MISTAKES = {
     ),
     "a sweep of prompts that cannot be": (
         [*SWEEP, "--vary", "prompt-len", "--from", "9", "--to", "99999999", "--points", "2"],
-        "prompt-len is <1e+08>: gives a workload of which a length must be at most 10,000,000; sweep less far",
+        "prompt-len is <99,999,999>: gives a workload of which a length must be at most 10,000,000; sweep less far",
     ),
     "memory of a byte, to be measured": (
         ["profile", "--accelerator", "emulated", "--gpu-memory", "1B", "--out", "/tmp/unwritten.yaml"],

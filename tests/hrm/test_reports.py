@@ -150,6 +150,7 @@ def test_the_memory_that_is_asked_for_is_the_least(refused, changes, flag):
 
 MISFITS = {
     "too many residents": ["-u", "8", "-n", "4", "--resident-experts", "8"],
+    "a few residents too many": ["-u", "8", "-n", "4", "--resident-experts", "2"],
     "too large micro-batches": ["-u", "80000", "-n", "4"],
     "too many of them": ["-u", "8000", "-n", "40"],
     "the cache on the GPU": ["-u", "800", "-n", "40", "--kv-on-gpu"],
@@ -171,6 +172,22 @@ def test_every_remedy_of_a_policy_that_does_not_fit_makes_it_fit(refused, hrm, m
         changed = flat({**args, **dict(zip(words[::2], words[1::2], strict=True))})
         code, _, err = hrm("estimate", *T4, "--gen-len", "16", "--prompt-len", "64", *changed)
         assert code == 0, (remedy, err)
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "sizes"),
+    [("qwen3-30b-a3b", "1xL4", ["-u", "32", "-n", "4"]), ("mixtral-8x7b", "4xT4", ["-u", "90000", "-n", "1"])],
+)
+def test_no_more_residents_are_given_up_than_must_be(refused, hrm, model, gpus, sizes):
+    args = ["estimate", "--model", model, "--gpus", gpus, "--gen-len", "16", "--prompt-len", "64"]
+    said = refused(*args, *sizes, "--resident-experts", "8" if model == "mixtral-8x7b" else "90")
+    remedy = said.strip().rpartition(", or ")[2].split()
+    count = int(remedy[remedy.index("--resident-experts") + 1])
+    assert count > 0
+    fits, more = ([*args, *sizes, *remedy[:-1], str(number)] for number in (count, count + 1))
+    merged = [dict(zip(words[1::2], words[2::2], strict=True)) for words in (fits, more)]
+    assert hrm("estimate", *flat(merged[0]))[0] == 0
+    refused("estimate", *flat(merged[1]))
 
 
 def test_the_level_of_a_machine_without_a_gpu_is_not_given_gpu_memory(refused, tmp_path):
@@ -533,3 +550,80 @@ def test_names_with_what_styles_are_written_with_are_printed_as_they_are(hrm, tm
         code, out, err = hrm(*command)
         assert (code, err) == (0, ""), command
         assert [each for each in told if each not in out] == [], command
+
+
+# ------------------------------------------------------------------------------ words for newcomers
+
+
+def test_the_two_bounds_of_a_page_are_told_apart(hrm):
+    _, out, _ = hrm("search", *T4, *LENGTHS)
+    one = re.search(r"% of ([\d.,]+), the bound of this policy, if nothing waited", out)
+    every = re.search(r"no policy at all can exceed ([\d.,]+) tokens/s", out)
+    assert one is not None
+    assert every is not None
+    assert float(every[1]) >= float(one[1])
+    assert out.count("bound") == 1
+
+
+@pytest.mark.parametrize("gpus", ["4xT4", "1xT4", "1xL4"])
+def test_why_a_faster_policy_is_not_chosen_is_said_where_there_is_one(hrm, hrm_json, gpus):
+    args = ["search", "--model", "dbrx", "--gpus", gpus, "--cpu-memory", "400GB"]
+    found = hrm_json(*args)
+    rates = [each["predicted"]["tokens_per_s"] for each in found["runner_ups"]]
+    is_faster = any(rate > found["predicted"]["tokens_per_s"] for rate in rates)
+    assert ("equally fast to 0.1% the smallest batch is chosen" in hrm(*args)[1]) == is_faster
+
+
+def test_a_named_workload_with_other_lengths_is_not_called_by_its_name_alone(hrm_json):
+    args = ["estimate", *T4, "-u", "8", "-n", "4", "--workload", "mtbench"]
+    named = {None: "mtbench", "--gen-len": "mtbench with other lengths", "--requests": "mtbench"}
+    for option, name in named.items():
+        words = [] if option is None else [option, "64"]
+        assert hrm_json(*args, *words)["workload"]["name"] == name
+
+
+def test_tables_name_what_limits_the_whole_job_as_their_throughput_is_its(hrm, hrm_json):
+    args = ["search", "--model", "mixtral-8x7b", "--gpus", "1xA10G,1xL4"]
+    rows = hrm_json(*args)["rows"]
+    assert any(row["bottleneck"] != row["decode_bottleneck"] for row in rows)
+    lines = hrm(*args)[1].splitlines()
+    assert any(line.rstrip().endswith("limited by") for line in lines)
+    for row in rows:
+        assert any(line.startswith(row["machine"]) and line.rstrip().endswith(row["bottleneck"]) for line in lines)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["search", "--model", "gpt-oss-20b", "--gpus", "8xH100"],
+        ["search", "--model", "gpt-oss-20b", "--gpus", "8xH100,4xH100"],
+        ["search", "--model", "olmoe-1b-7b", "--fleet", "9000x(1xT4)", "--prices", "1xT4=1234.5"],
+        ["whatif", "--model", "gpt-oss-20b", "--gpus", "8xH100"],
+        ["search", *T4, "--prompt-len", "1234567", "--gen-len", "1", "--requests", "1", "--cpu-memory", "9TB"],
+    ],
+)
+@pytest.mark.usefixtures("coarse_searches")
+def test_nothing_is_printed_with_an_exponent(hrm, words):
+    out = "".join(hrm(*words)[1:])
+    assert not re.search(r"\de[+-]?\d", out), out
+
+
+def test_a_folder_without_a_config_is_told_so(refused, tmp_path):
+    said = refused("search", "--model", str(tmp_path), "--gpus", "1xT4")
+    assert (
+        said == f"error: --model is '{tmp_path}': has no config.json; download it too, or name the folder that has it\n"
+    )
+
+
+def test_what_a_fleet_costs_is_told_by_what_is_paid(hrm):
+    _, out, _ = hrm(
+        "search", "--model", "olmoe-1b-7b", "--fleet", "2x(1xT4)", "--prices", "1xT4=0.5", "--requests", "99"
+    )
+    assert "tokens for each 1 paid" in " ".join(out.split())
+    assert re.search(r"; at 1 an hour, [\d,]+ tokens for each 1 paid; [\d.]+ to pay for the job", out)
+
+
+def test_a_dash_is_no_file_to_write(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refused(*ESTIMATE, "--out", "-") == "error: --out is '-': must be a file; name one, or /dev/stdout\n"
+    assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ from hrm.units import (
     format_bandwidth,
     format_bytes,
     format_flops,
+    format_number,
     format_seconds,
     is_whole_number,
     parse_bandwidth,
@@ -188,3 +189,39 @@ def test_impossible_lengths_are_refused(changes, message):
 def test_an_unknown_workload_lists_the_known_ones():
     with pytest.raises(WorkloadError, match="--workload is 'mt': must be one of mtbench, synth"):
         named_workload("mt")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0.0, "0"),
+        (0.000012346, "0.00001235"),
+        (0.00001, "0.00001"),
+        (0.5, "0.5"),
+        (335.0, "335"),
+        (335.46, "335.5"),
+        (4393.4, "4393"),
+        (9999.6, "10,000"),
+        (101_990.0, "101,990"),
+        (-12345.6, "-12,346"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_numbers_are_printed_without_exponents(number, text):
+    assert format_number(number) == text
+
+
+@given(st.floats(1e-12, 1e15))
+def test_a_printed_number_is_the_number_to_four_digits(number):
+    text = format_number(number)
+    assert "e" not in text
+    assert float(text.replace(",", "")) == pytest.approx(number, rel=0.5e-3)
+
+
+def test_rates_are_printed_without_exponents():
+    assert [format_flops(rate) for rate in (2e12, 3e9, 1.5e8, 2e5)] == [
+        "2.00 TFLOP/s",
+        "3.00 GFLOP/s",
+        "150 MFLOP/s",
+        "200000 FLOP/s",
+    ]
