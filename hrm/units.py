@@ -205,6 +205,8 @@ def format_seconds(seconds: float) -> str:
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{_three_digits(seconds / size)} {unit}"
+    if 0 < seconds < 1e-8:
+        return f"{_three_digits(seconds * 1e9)} ns"
     return f"{_three_digits(seconds * 1e6)} µs"
 
 

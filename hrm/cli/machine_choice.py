@@ -48,10 +48,12 @@ class MachineChoice:
         name none, or both kinds.
         """
         if (self.profile is None) == (self.gpus is None) and (self.profile or self.host is None):
+            if self.profile is not None and self.gpus is not None:
+                raise ProfileError("--gpus", self.gpus, "does not go with --profile", "leave one of them out")
             raise ProfileError(
-                "--profile and --gpus",
-                "<both>" if self.profile else "<neither>",
-                "exactly one must name the machine",
+                "--gpus or --profile",
+                "<missing>",
+                "one must name the machine",
                 "give --gpus 1xT4, --profile with a file, or --host alone for one without GPUs",
             )
         if self.profile is not None and self.host is not None:

@@ -60,9 +60,9 @@ class WorkloadChoice:
     def _given(self) -> Workload:
         """A workload without a name."""
         if self.prompt_len is None or self.gen_len is None:
-            raise WorkloadError(
-                "--prompt-len and --gen-len", "<only some of them>", "both are needed", "give both, or --workload NAME"
-            )
+            missing = "--prompt-len" if self.prompt_len is None else "--gen-len"
+            remedy = "give it, too, or name a workload with --workload"
+            raise WorkloadError(missing, "<missing>", "must be given with other lengths", remedy)
         return Workload(
             name="given",
             prompt_len=self.prompt_len,
@@ -258,8 +258,8 @@ class PlanSource:
             return self._from_file(self.policy, schedule)
         if self.model is None:
             raise PolicyError(
-                "--policy and --model",
-                "<neither>",
+                "--policy or --model",
+                "<missing>",
                 "one must say what is run",
                 "give --policy FILE, or --model NAME with --gpus or --profile",
             )

@@ -58,13 +58,12 @@ def load_model(model: str) -> ModelSpec:
     if on_hub is not None:
         return spec_as_stored(decoder_keys(read_config(on_hub.config()), on_hub.config_name))
     if not is_file(path):
-        raise ModelError(
-            "--model",
-            model,
-            f"must be one of {', '.join(BUILT_IN_MODELS)}, a config.json or its folder, a GGUF file, or org/name"
-            " on the Hub",
-            meant(model, BUILT_IN_MODELS, "see hrm models"),
-        )
+        files = "a config.json or its folder, a GGUF file"
+        if path.parent != Path():
+            rule = f"must be {files}, or org/name on the Hub"
+            raise ModelError("--model", model, rule, "check the path; hrm models lists built-in names")
+        rule = f"must be one of {', '.join(BUILT_IN_MODELS)}, {files}, or org/name on the Hub"
+        raise ModelError("--model", model, rule, meant(model, BUILT_IN_MODELS, "see hrm models"))
     if path.suffix == SUFFIX:
         return spec_as_stored(decoder_keys(read_header(path).config(), str(path)))
     return spec_as_stored(decoder_keys(with_quantisation(read_config(path), path.parent), str(path)))

@@ -174,8 +174,8 @@ MISTAKES = {
     "a count of none": (["search", "--model", "dbrx", "--gpus", "0xT4"], "--gpus is '0xT4'"),
     "an unknown host": (["search", *T4, "--host", "attic"], "--host is 'attic'"),
     "an unknown workload": (["search", *T4, "--workload", "poems"], "--workload is 'poems'"),
-    "no machine": (["search", "--model", "dbrx"], "--profile and --gpus is <neither>"),
-    "two machines": (["search", *T4, "--profile", "x.yaml"], "--profile and --gpus is <both>"),
+    "no machine": (["search", "--model", "dbrx"], "--gpus or --profile is <missing>: one must name"),
+    "two machines": (["search", *T4, "--profile", "x.yaml"], "--gpus is '1xT4': does not go with --profile"),
     "a host beside a profile": (["search", "--model", "dbrx", "--profile", "x.yaml", "--host", "y"], "--host is 'y'"),
     "a size without a unit": (
         ["search", *T4, "--gpu-memory", "16"],
@@ -212,7 +212,10 @@ MISTAKES = {
     ),
     "a machine named twice": (["whatif", *T4, "--gpus", "1xL4"], "--gpus is <1xT4 and 1xL4>: may be given once only"),
     "no size": (["search", *T4, "--gpu-memory", "big"], "--gpu-memory is 'big'"),
-    "half a workload": (["search", *T4, "--prompt-len", "9"], "both are needed"),
+    "half a workload": (
+        ["search", *T4, "--prompt-len", "9"],
+        "--gen-len is <missing>: must be given with other lengths",
+    ),
     "too little memory": (["search", *T4, "--gpu-memory", "300MB"], "no policy fits"),
     "a policy that does not fit": (
         ["estimate", *T4, "-u", "8", "-n", "4", "--resident-experts", "8"],
@@ -223,10 +226,14 @@ MISTAKES = {
     "residents that are no numbers": ([*ESTIMATE, "--resident-experts", "x"], "must be integers"),
     "a share above one": ([*ESTIMATE, "--kv-on-gpu", "2"], "--kv-on-gpu is '2'"),
     "no micro-batch": (["estimate", *T4, "-u", "0", "-n", "4"], "--micro-batch-size is '0'"),
-    "nothing to simulate": (["simulate"], "--policy and --model is <neither>"),
+    "nothing to simulate": (["simulate"], "--policy or --model is <missing>"),
     "a policy file that is not there": (["simulate", "--policy", "none.json"], "none.json"),
     "a place that cannot be written": ([*ESTIMATE, "--out", "/no/such/p.json"], "must be writable"),
     "a model that is not there": (["models", "nowhere"], "--model is 'nowhere'"),
+    "a path of no model": (
+        ["models", "no/such/path"],
+        "--model is 'no/such/path': must be a config.json or its folder, a GGUF file, or org/name on the Hub; check",
+    ),
     "a machine that is not there": (["profiles", "nowhere"], "nowhere"),
     "an unknown command": (["serach"], "COMMAND of hrm is 'serach': must be one of profile, "),
     "an unknown option": (["search", "--modle", "dbrx"], "--modle is <unknown>"),

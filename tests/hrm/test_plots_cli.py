@@ -152,7 +152,7 @@ SWEEP = ["sweep", *T4, "--out", "a.png"]
         (["roofline", "--gpus", "1xT4", "--out", "a.gif"], "must end in .png, .svg, .pdf"),
         (["roofline", "--gpus", "1xT4", "--out", "none/a.png"], "No such file or directory"),
         (["roofline", "--gpus", "1xT4", "--dtype", "int4", "--out", "a.png"], "--dtype is 'int4'"),
-        (["timeline", "--out", "a.png"], "--policy and --model is <neither>"),
+        (["timeline", "--out", "a.png"], "--policy or --model is <missing>"),
         (["timeline", *T4, "--layers", "99", "--out", "a.png"], "--layers is 99: must be at least 1 and at most 32"),
         (["timeline", *T4, "--from-layer", "32", "--out", "a.png"], "--from-layer is 32: must be one of the 32 layers"),
         (["timeline", *T4, *SMALL, "--steps", "64", "--out", "a.png"], STEPS),

@@ -151,6 +151,8 @@ def test_bytes_are_exact_up_to_what_a_float_holds(num_bytes, unit):
         (format_seconds(7500), "2 h 05 min"),
         (format_seconds(83), "1 min 23 s"),
         (format_seconds(2e-6), "2.00 µs"),
+        (format_seconds(1e-9), "1.00 ns"),
+        (format_seconds(0.0), "0.00 µs"),
     ],
 )
 def test_quantities_print_with_three_digits(shown, text):
