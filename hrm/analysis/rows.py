@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from typing import TYPE_CHECKING, Any, Final
 
 from hrm.hardware import HardwareProfile
@@ -88,8 +88,9 @@ def _best(space: Space) -> SearchResult:
 def _divided(spaces: Sequence[Space], stack: ExitStack) -> Iterator[SearchResult]:
     """The same, in order, by several processes, which are ended with the stack."""
     count = min(_PROCESSES.get(), len(spaces))
-    # An interrupt is this process's, which ends the others: they begin with it held back, and so none is cut short
-    # while it starts.
+    # An interrupt is this process's, which ends the others: they begin with it held back, and none is cut short while
+    # it starts. The tracker that they need is there before, for its start lets signals through.
+    resource_tracker.ensure_running()
     held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     try:
         pool = stack.enter_context(get_context("spawn").Pool(count))

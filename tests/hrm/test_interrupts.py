@@ -132,3 +132,23 @@ def test_an_ignored_interrupt_stays_ignored(tmp_path):
         {SIGNAL}
     """
     assert ended(script, tmp_path)[0] == 0
+
+
+def test_processes_that_search_leave_an_interrupt_to_the_one_that_started_them():
+    """From their first instruction on: it is held back when they begin, also with the first that is ever started."""
+    script = """
+        import re, signal
+        from contextlib import ExitStack
+        from multiprocessing import active_children
+        from pathlib import Path
+        from hrm.analysis.rows import _divided, in_processes
+        if __name__ == "__main__":
+            with in_processes(2), ExitStack() as stack:
+                _divided([None, None], stack)
+                for child in active_children():
+                    status = Path(f"/proc/{child.pid}/status").read_text()
+                    print(int(re.search(r"SigBlk:\\s*(\\w+)", status)[1], 16) >> (signal.SIGINT - 1) & 1)
+            print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+    """
+    code, out, _ = ended(script, None)
+    assert (code, out) == (0, "1\n1\n[]\n")
