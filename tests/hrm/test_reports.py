@@ -598,7 +598,6 @@ def test_tables_name_what_limits_the_whole_job_as_their_throughput_is_its(hrm, h
         ["search", "--model", "gpt-oss-20b", "--gpus", "8xH100"],
         ["search", "--model", "gpt-oss-20b", "--gpus", "8xH100,4xH100"],
         ["search", "--model", "olmoe-1b-7b", "--fleet", "9000x(1xT4)", "--prices", "1xT4=1234.5"],
-        ["whatif", "--model", "gpt-oss-20b", "--gpus", "8xH100"],
         ["search", *T4, "--prompt-len", "1234567", "--gen-len", "1", "--requests", "1", "--cpu-memory", "9TB"],
     ],
 )
