@@ -48,6 +48,7 @@ template <typename C, int RUN, int ROWS, int TOKENS>
 __attribute__((noinline)) void multiply_codes(const CodedTile<C>& tile) {
     using D = Dot<typename C::Number>;
     constexpr int64_t BYTES = sizeof(Codes);
+    constexpr int IN_LINE = TOKENS > 2 || RUN < 2 ? RUN : 2;  // with fewer tokens shorter loops are sooner
     const C kind = tile.kind;
     const typename C::Number* tokens[TOKENS];
     UNROLL
@@ -113,8 +114,11 @@ __attribute__((noinline)) void multiply_codes(const CodedTile<C>& tile) {
     int64_t s = 0;
     for (; s + RUN <= whole; s += RUN) {
         begin(s);
-        UNROLL
-        for (int i = 0; i < RUN; ++i) step(s + i, tile.codes + (s + i) * BYTES, tile.row_bytes);
+        NO_UNROLL
+        for (int i = 0; i < RUN; i += IN_LINE) {
+            UNROLL
+            for (int j = 0; j < IN_LINE; ++j) step(s + i + j, tile.codes + (s + i + j) * BYTES, tile.row_bytes);
+        }
         end(s);
     }
     for (; s * C::COLUMNS < tile.columns; ++s) {  // what is left, padded with zeros

@@ -13,6 +13,9 @@ namespace {
 // At most; more are multiplied with unpacked weights: sooner in float32, of which registers hold fewer sums.
 template <typename Number>
 constexpr int CODED_TOKENS = sizeof(Number) == sizeof(float) ? 4 : 8;
+// Steps of int8 whose sums are scaled together where they share a scale, however many tokens there are: results would
+// depend on it. One token's fp8 would be later so.
+constexpr int LONG_RUN = 8;
 constexpr int64_t PANEL_BYTES = native::PANEL_ROW_BYTES - 64;
 
 // Tokens of T over a stretch in the order of the codes, and their totals.
@@ -83,7 +86,13 @@ class PackedIn {
         for (const Slice& slice : slices) std::memset(slice.results, 0, count * COLUMNS * sizeof(float));
         if (count <= CODED_TOKENS<Number>) {
             // Sums with zero points are of a step.
-            if (packing_.columns % (2 * C::COLUMNS) == 0 && !slices[0].matrix.zeros) {
+            const int64_t shared = slices[0].matrix.zeros ? 1 : packing_.columns;
+            constexpr bool IS_INT8 = std::is_same_v<C, typename Kinds<T>::Whole>;
+            constexpr bool MAY_BE_LONG = IS_INT8 && sizeof(Number) < sizeof(float);
+            constexpr int64_t LONG = LONG_RUN * C::COLUMNS;
+            if (MAY_BE_LONG && shared % LONG == 0 && width % LONG == 0) {
+                by_codes<MAY_BE_LONG ? LONG_RUN : 1>(slices, rows, width, tokens, count);
+            } else if (shared % (2 * C::COLUMNS) == 0) {
                 by_codes<2>(slices, rows, width, tokens, count);
             } else {
                 by_codes<1>(slices, rows, width, tokens, count);

@@ -3,6 +3,7 @@
 
 // Before a loop whose length is known: its arrays become registers only if it is unrolled early.
 #define UNROLL _Pragma("GCC unroll 16")
+#define NO_UNROLL _Pragma("GCC unroll 1")
 
 #if defined(PATH_AVX512) || defined(PATH_AVX512_BF16)
 #include "simd_avx512.hpp"

@@ -145,6 +145,20 @@ def test_neither_neighbours_nor_threads_change_a_result(path: str, name: str, dt
             assert torch.equal(product(path, x[part], packed), together[part])
 
 
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+@pytest.mark.parametrize("path", PATHS)
+def test_few_tokens_are_summed_in_one_order(path: str, name: str) -> None:
+    """Halves that all but cancel out leave what float32's order of adding makes of them, which rounding would hide."""
+    packed = sane(name, 64, 2560)
+    packed.codes[:, 1280:] = packed.codes[:, :1280]
+    half = torch.randn(4, 1280)
+    x = torch.cat((half, -half), 1).bfloat16()
+    x[:, :8] *= 1 + 2**-7
+    together = product(path, x, packed)
+    for first, last in ((0, 1), (1, 3), (1, 4)):
+        assert torch.equal(product(path, x[first:last], packed), together[first:last])
+
+
 @pytest.mark.parametrize("names", [("mxfp4", "mxfp4"), ("int4-g32", "fp8-b128"), ("fp8", None), (None, "int8-g32-f16")])
 @pytest.mark.parametrize(("path", "dtype"), TILED_CASES, ids=str)
 def test_experts(path: str, names: tuple[str | None, str | None], dtype: torch.dtype) -> None:
