@@ -159,8 +159,8 @@ def _with_lengths(policy: Policy, spec: ModelSpec, num_stages: int) -> Policy:
 
 def used_of(profile: HardwareProfile, policy: Policy) -> HardwareProfile:
     """The machine with the GPUs alone that the policy uses; PolicyError if it has no such GPUs."""
-    every = tuple(range(profile.num_gpus))
-    if policy.gpus in ((), every):
+    every = list(range(profile.num_gpus))
+    if not policy.gpus or list(policy.gpus) == every:
         return profile
     if list(policy.gpus) != sorted(set(policy.gpus) & set(every)):
         raise PolicyError(

@@ -37,7 +37,7 @@ PLAN_COLUMNS = (
     "cpu_planned_bytes",
     "reason",
 )
-COLUMNS = ("parallelism", "expert_division", "policy", *PLAN_COLUMNS)
+COLUMNS = ("parallelism", "expert_division", "gpus_used", "policy", *PLAN_COLUMNS)
 
 
 _PROCESSES: ContextVar[int] = ContextVar("processes", default=1)
@@ -135,12 +135,14 @@ def plan_row(result: SearchResult) -> dict[str, Any]:
 
 
 def search_row(result: SearchResult, profile: HardwareProfile) -> dict[str, Any]:
-    """A search as a row: `PLAN_COLUMNS`, the policy's six numbers and how GPUs share the work."""
+    """A search as a row: `PLAN_COLUMNS`, the policy's six numbers, and how and how many GPUs share the work."""
     best = result.best
-    several = best is not None and (len(best.policy.gpus) or profile.num_gpus) > 1
+    used = 0 if best is None else len(best.policy.gpus) or profile.num_gpus
+    several = best is not None and used > 1
     return {
         "parallelism": best.policy.parallelism.value if best is not None and several else None,
         "expert_division": best.policy.expert_division.value if best is not None and several else None,
+        "gpus_used": used if used < profile.num_gpus and best is not None else None,
         "policy": None if best is None else str(best.paper_tuple),
         **plan_row(result),
     }
@@ -150,5 +152,5 @@ def table(rows: list[dict[str, Any]], first: Sequence[str]) -> "pd.DataFrame":
     """Rows as a table whose first columns are given; counts stay whole where some are missing."""
     import pandas as pd
 
-    counts = dict.fromkeys(("batch_size", "micro_batch_size", "num_micro_batches"), "Int64")
+    counts = dict.fromkeys(("gpus_used", "batch_size", "micro_batch_size", "num_micro_batches"), "Int64")
     return pd.DataFrame(rows, columns=[*first, *COLUMNS]).astype(counts)

@@ -14,7 +14,7 @@ from hrm.cli.console import as_is, console, plain_table, print_json
 from hrm.cli.params import OUT_FILE, json_option, together
 from hrm.files import write_whole
 from hrm.policy import PAPER_SYMBOLS
-from hrm.units import format_number, format_seconds
+from hrm.units import counted, format_number, format_seconds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,15 +109,18 @@ def show_change(change: float) -> str:
 
 
 def _parallel(row: dict[str, Any]) -> str:
-    """How GPUs share the work: `tensor, whole experts`."""
-    return f"{row['parallelism']}, whole experts" if row["expert_division"] == "whole" else row["parallelism"]
+    """How GPUs share the work, and how many if not all do: `tensor, whole experts, 2 GPUs`."""
+    told = [row["parallelism"]] if isinstance(row["parallelism"], str) else []
+    told += ["whole experts"] if row["expert_division"] == "whole" else []
+    told += [counted(row["gpus_used"], "GPU")] if isinstance(row["gpus_used"], int) else []
+    return ", ".join(told) or "–"
 
 
 # Columns that tell of a plan: the heading, and what makes the cell of a row.
 PLAN_CELLS: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "tokens/s": lambda row: format_number(row["tokens_per_s"]),
     "of its bound": lambda row: f"{row['tokens_per_s'] / row['bound_tokens_per_s']:.0%}",
-    "parallel": lambda row: _parallel(row) if isinstance(row["parallelism"], str) else "–",
+    "parallel": _parallel,
     PAPER_SYMBOLS: lambda row: row["policy"],
     "limited by": lambda row: row["bottleneck"],  # the whole job, as the throughput is
 }
@@ -133,7 +136,7 @@ def print_frame(
 
     How GPUs share the work is left out where no row has several.
     """
-    several = frame["parallelism"].notna().any()
+    several = frame[["parallelism", "gpus_used"]].notna().any(axis=None)
     told = [heading for heading in plan if heading != "parallel" or several]
     table = plain_table(*headings)
     for heading in told:

@@ -16,7 +16,7 @@ ends. Rates of a profile that fall with size are raised until this holds (`smoot
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Final
@@ -67,6 +67,17 @@ class Bound:
 
 
 NO_BOUND: Final = Bound(inf, 0)
+
+
+def greatest(bounds: Iterable[Bound]) -> Bound:
+    """One on all of what these are on."""
+    bounds = list(bounds)
+    kinds = [bound.kinds for bound in bounds]
+    return Bound(
+        tokens_per_s=max((bound.tokens_per_s for bound in bounds), default=0.0),
+        regions=sum(bound.regions for bound in bounds),
+        kinds=None if None in kinds else frozenset[Kind]().union(*filter(None, kinds)),
+    )
 
 
 class Bounding:

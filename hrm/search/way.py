@@ -1,6 +1,6 @@
 """One way for some of a machine's GPUs to share a model: what is searched of it, what is found, and a bound on it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -13,7 +13,7 @@ from hrm.latency import NO_LIMITS
 from hrm.layers import ExpertDivision
 from hrm.parallel import obstacle_to, part_of
 from hrm.policy import Parallelism, Policy
-from hrm.search.bound import CLOSE, FEW_REGIONS, LARGEST_BUDGET, NO_BOUND, Bound, Bounding
+from hrm.search.bound import CLOSE, FEW_REGIONS, LARGEST_BUDGET, NO_BOUND, Bound, Bounding, greatest
 from hrm.search.choose import TIE, ranked
 from hrm.search.constraints import within_limits
 from hrm.search.exhaustive import rough
@@ -21,7 +21,7 @@ from hrm.search.lengths import search_lengths
 from hrm.search.polish import polished
 from hrm.search.result import Way
 from hrm.search.solver import Found, Solver
-from hrm.search.space import Kind, Space
+from hrm.search.space import Space
 from hrm.search.stages import Lengths, different_stages, first_lengths, least_stage
 from hrm.search.ties import smallest_first
 
@@ -40,8 +40,8 @@ class WaySearch:
     was found is of all stages together. `spaces` are what a bound on it is of, None if there is none to be had.
     A pipeline whose stages may have `lengths` of their own is told which to begin with. The bound that was found
     `before` a search is of all of it. If it has shown that others are better, the way is `hopeless` and was not
-    searched, as is one of fewer GPUs that promises far less; nor were kinds of policies of which it has shown this.
-    `boundings` are those of spaces that have begun.
+    searched, nor were kinds of policies of which it has shown this; one of fewer GPUs that is `far_behind` was not,
+    either. `boundings` are those of spaces that have begun.
     """
 
     parallelism: Parallelism
@@ -55,6 +55,7 @@ class WaySearch:
     found: Found = field(default_factory=Found)
     before: Bound = NO_BOUND
     hopeless: bool = False
+    far_behind: bool = False
     boundings: list[tuple[Space, Bounding]] = field(default_factory=list[tuple[Space, Bounding]])
 
     @staticmethod
@@ -102,14 +103,14 @@ class WaySearch:
         return 0.0 if self.part is None or self.hopeless else rough(self.part) / self.handicap
 
     def unless_far_behind(self, best: "WaySearch | None") -> "WaySearch":
-        """The same, without hope if what it promises is far below what was found in another way.
+        """The same, not to be searched if what it promises is far below what was found in another way.
 
         Unequal GPUs promise too little, as one stage stands for all.
         """
         if best is None or self.hopeless or self.part is None or self.whole.profile.gpus:
             return self
         most = self.promise() * _ROUGHLY * (_LENGTHS_GAIN if self.lengths else 1)
-        return replace(self, hopeless=most < best.worth())
+        return replace(self, far_behind=most < best.worth())
 
     @property
     def handicap(self) -> float:
@@ -127,8 +128,8 @@ class WaySearch:
 
     @property
     def is_searched(self) -> bool:
-        """Whether the model can be shared so, and no bound has shown that others are better."""
-        return not self.obstacle and not self.hopeless
+        """Whether the model can be shared so, and it was not known before that others are better."""
+        return not (self.obstacle or self.hopeless or self.far_behind)
 
     @property
     def tokens_per_s(self) -> float:
@@ -189,7 +190,7 @@ def searched(way: WaySearch, solver: Solver, best: WaySearch | None) -> WaySearc
     """What is found in one way, where `best` is the best of others: nothing if a bound shows that it is not better."""
     if best is not None and best.worth() > way.whole.known_tokens_per_s:
         way = without_hope(way, best)
-    if way.part is None or way.hopeless:
+    if way.part is None or not way.is_searched:
         return way
     found = _found(replace(way.part, known_tokens_per_s=_known(way, _worth(way, best))), solver)
     return replace(way, found=found).with_spaces(found.ranked[0].policy if found.ranked else None)
@@ -273,17 +274,6 @@ def find(space: Space, solver: Solver) -> Found:
     if ranking and ranking[0].tokens_per_s > space.known_tokens_per_s:
         ranking = smallest_first(space, ranking)
     return replace(found, ranked=ranking, simulated=found.simulated + len(ranking) - len(found.ranked))
-
-
-def greatest(bounds: Iterable[Bound]) -> Bound:
-    """One on all of what these are on."""
-    bounds = list(bounds)
-    kinds = [bound.kinds for bound in bounds]
-    return Bound(
-        tokens_per_s=max((bound.tokens_per_s for bound in bounds), default=0.0),
-        regions=sum(bound.regions for bound in bounds),
-        kinds=None if None in kinds else frozenset[Kind]().union(*filter(None, kinds)),
-    )
 
 
 def space_of_part(

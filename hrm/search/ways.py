@@ -2,17 +2,19 @@
 
 import time
 from dataclasses import replace
+from itertools import groupby
 from math import inf
 from typing import Final
 
 from hrm.gpus import only_gpus, smaller_sets
 from hrm.latency import NO_LIMITS
-from hrm.search.bound import BUDGET, FEW_REGIONS, LARGEST_BUDGET, NO_BOUND, Bound
+from hrm.search.at_once import bound_at_once
+from hrm.search.bound import BUDGET, CLOSE, FEW_REGIONS, LARGEST_BUDGET, NO_BOUND, Bound, greatest
 from hrm.search.exhaustive import Exhaustive
 from hrm.search.result import OPTIMAL_GAP, Outcome, SearchResult
 from hrm.search.solver import Found, Solver
 from hrm.search.space import Space
-from hrm.search.way import WaySearch, greatest, searched, ways_of, with_lengths, without_hope
+from hrm.search.way import WaySearch, searched, ways_of, with_lengths, without_hope
 
 RUNNER_UPS: Final = 2
 _EXHAUSTIVE: Final = Exhaustive()
@@ -79,7 +81,7 @@ def _search(space: Space, gpus: tuple[int, ...], solver: Solver, best: WaySearch
         best = max(filter(None, (best, ways[index])), key=WaySearch.worth)
         if ways[index].found.interrupted:
             return ways
-    return [with_lengths(way, solver, best) if best and way.lengths and not way.hopeless else way for way in ways]
+    return [with_lengths(way, solver, best) if best and way.lengths and way.is_searched else way for way in ways]
 
 
 def _bound(ways: list[WaySearch], chosen: WaySearch, found: Found) -> Bound:
@@ -88,11 +90,20 @@ def _bound(ways: list[WaySearch], chosen: WaySearch, found: Found) -> Bound:
     may_be_optimal = found.greatest_tokens_per_s * (1 - OPTIMAL_GAP) <= chosen.tokens_per_s
     budget = LARGEST_BUDGET if may_be_optimal else BUDGET
     most_regions = budget if chosen.found.ranked else FEW_REGIONS
-    bounds: list[Bound] = []
-    for way in ways:
-        known = max((bound.tokens_per_s for bound in bounds if bound.tokens_per_s < inf), default=0.0)
-        bounds.append(way.bound(max(known, found.greatest_tokens_per_s), most_regions))
-    return greatest(bounds)
+    bound = Bound(found.greatest_tokens_per_s, 0)
+    for _, alike in groupby(ways, key=lambda way: way.gpus):
+        of_gpus = list(alike)
+        above = bound
+        for way in of_gpus:
+            if above.tokens_per_s < inf:
+                above = greatest([above, way.bound(above.tokens_per_s, most_regions)])
+        if of_gpus[0].gpus and above.tokens_per_s > bound.tokens_per_s * (1 + CLOSE):
+            at_once = bound_at_once(of_gpus[0].whole, chosen.best, bound.tokens_per_s)
+            above = replace(above, tokens_per_s=min(above.tokens_per_s, max(bound.tokens_per_s, at_once.tokens_per_s)))
+        if above.tokens_per_s == inf:
+            return NO_BOUND
+        bound = above
+    return bound
 
 
 def _not_better(result: SearchResult, known_tokens_per_s: float) -> SearchResult:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import itemgetter
 from random import Random
 from typing import Any
 
@@ -20,6 +21,7 @@ from hrm.placement import experts_of_layers
 from hrm.policy import Policy, ScheduleName
 from hrm.scaling import Resource, at_cost, resources, with_resource
 from hrm.search import Outcome, SearchResult, Space, search, solver_named
+from hrm.search.at_once import bound_at_once
 from hrm.search.bound import Bounder, Bounding
 from hrm.search.regions import Regions
 from hrm.search.result import OPTIMAL_GAP
@@ -318,3 +320,14 @@ def test_no_policy_with_experts_in_parts_beats_a_ceiling_on_the_way_to_it():
                 assert closed_form_rate(part, policy) <= ceiling * (1 + 1e-9), f"seed {seed}: {case}: {policy}"
         found += len(fitting)
     assert found > 25
+
+
+@pytest.mark.parametrize("seed", range(500_000, 500_012))
+def test_no_way_of_sharing_gpus_exceeds_one_that_does_all_at_once(seed):
+    rng = Random(seed)
+    case = next(case for case in iter(lambda: random_case(rng), None) if case.profile.num_gpus > 1)
+    whole = Space(case.spec, case.profile, case.workload, dtype=case.dtype)
+    tried = [(policy, whole.predicted(policy).tokens_per_s) for policy in random_policies(rng, case, None, count=4)]
+    best, tokens_per_s = max(tried, key=itemgetter(1), default=(None, 0.0))
+    found = best and whole.predicted(best)
+    assert bound_at_once(whole, found, tokens_per_s).tokens_per_s >= tokens_per_s
