@@ -47,13 +47,13 @@ def greatest(space: Space) -> float:
     return best
 
 
-def rough(space: Space) -> float:
+def rough(space: Space, *, all_kinds: bool = False) -> float:
     """About the greatest closed-form throughput of a space, by few policies that split no prompt.
 
-    The CPU computes no experts, where that is left open: it seldom wins.
+    The CPU computes no experts, where that is left open, unless `all_kinds` are asked for: it seldom wins.
     """
     best, chunks, kinds = 0.0, chunk_ranges(space)[0], space.kinds()
-    for kind in [kind for kind in kinds if kind.gpu_ffn] or kinds:
+    for kind in kinds if all_kinds else [kind for kind in kinds if kind.gpu_ffn] or kinds:
         grid = make_grid(space, kind, coarse(space, kind, chunks, ROUGH_NUMBERS))
         _, found = scored(space, grid.take(np.flatnonzero(grid.fits)), KEPT, best)
         best = max(best, float(found.max(initial=0.0)))

@@ -104,20 +104,19 @@ def test_a_format_is_asked_for_by_name(hrm, hrm_json, refused):
 
 
 WHAT_IF = ["whatif", "--formats", "--model", "olmoe-1b-7b", "--gpus", "1xT4", "--gpu-memory", "4GB", "--requests", "16"]
-# Of a coarse search.
 FORMATS_TEXT = """\
 weights              KV cache  bytes    GPU      host     change  tokens/s  (N, μ, A_g, F_g, r_w, r_c)    limited by
-float16              float16   13.8 GB  3.79 GB  12.1 GB  +0.0%   64.03     (16, 16, 1, 0, 0.116, 1.000)  CPU launches
-experts in fp8       float16   7.41 GB  3.80 GB  4.90 GB  +36.3%  87.29     (16, 8, 1, 0, 0.337, 1.000)   GPU memory
-experts in int8      float16   7.41 GB  3.80 GB  4.90 GB  +36.3%  87.29     (16, 8, 1, 0, 0.337, 1.000)   GPU memory
-experts in int4-g32  float16   4.58 GB  2.83 GB  2.77 GB  +30.0%  83.25     (16, 8, 1, 0, 0.397, 1.000)   GPU memory
-experts in mxfp4     float16   4.38 GB  2.81 GB  2.55 GB  +10.3%  70.62     (16, 8, 1, 0, 0.421, 1.000)   GPU memory
-float16              fp8       13.8 GB  3.80 GB  11.8 GB  +1.6%   65.07     (16, 16, 1, 0, 0.139, 1.000)  CPU launches
-float16              int8      13.8 GB  3.80 GB  11.8 GB  +1.6%   65.07     (16, 16, 1, 0, 0.139, 1.000)  CPU launches
+float16              float16   13.8 GB  3.80 GB  12.2 GB  +0.0%   118.5     (16, 16, 1, 0, 0.108, 1.000)  host memory
+experts in fp8       float16   7.41 GB  2.98 GB  5.84 GB  +62.8%  192.8     (16, 8, 1, 0, 0.203, 1.000)   GPU memory
+experts in int8      float16   7.41 GB  2.98 GB  5.84 GB  +62.8%  192.8     (16, 8, 1, 0, 0.203, 1.000)   GPU memory
+experts in int4-g32  float16   4.58 GB  2.13 GB  3.57 GB  +83.9%  217.8     (16, 8, 1, 0, 0.206, 1.000)   GPU memory
+experts in mxfp4     float16   4.38 GB  2.06 GB  3.41 GB  +81.5%  215       (16, 8, 1, 0, 0.205, 1.000)   GPU memory
+float16              fp8       13.8 GB  3.79 GB  12.0 GB  +0.7%   119.3     (16, 16, 1, 0, 0.126, 1.000)  host memory
+float16              int8      13.8 GB  3.79 GB  12.0 GB  +0.7%   119.3     (16, 16, 1, 0, 0.126, 1.000)  host memory
 """
 
 
-@pytest.mark.usefixtures("coarse_searches")
+@pytest.mark.usefixtures("rough_bounds")
 def test_formats_are_laid_side_by_side(hrm, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     code, out, _ = hrm(*WHAT_IF)
