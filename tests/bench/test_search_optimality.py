@@ -65,7 +65,7 @@ def searched_with(seed: int) -> Searched:
     is_optimal = result.outcome is Outcome.OPTIMAL
     assert is_optimal == (best is not None and result.gap <= OPTIMAL_GAP)
     better: list[float] = []
-    for policy in random_policies(rng, case, best and best.policy, count=POLICIES):
+    for policy in random_policies(rng, case, best and best.policy, count=POLICIES, fewer_gpus=True):
         assert best is not None, f"{what}: {policy} fits"
         rate = estimate(case.spec, policy, case.profile, case.workload).tokens_per_s
         assert rate <= result.bound_tokens_per_s * (1 + 1e-9), f"{what}: {policy}"

@@ -12,6 +12,7 @@ from functools import cache
 from random import Random
 
 from hrm.formats import FORMATS, Formats
+from hrm.gpus import only_gpus
 from hrm.hardware import Figure, HardwareProfile, LaneThreads, Source
 from hrm.layers import ExpertDivision
 from hrm.machines import compose, with_memory
@@ -77,20 +78,25 @@ def random_case(rng: Random) -> Case:
     return Case(spec, profile, workload)
 
 
-def random_policies(rng: Random, case: Case, near: Policy | None, *, count: int) -> Iterator[Policy]:
-    """Up to so many policies that fit; most of them close to `near`, if that is given."""
-    found = 0
+def random_policies(
+    rng: Random, case: Case, near: Policy | None, *, count: int, fewer_gpus: bool = False
+) -> Iterator[Policy]:
+    """Up to so many policies that fit; most of them close to `near`, if that is given, and some of `fewer_gpus`."""
+    found, several = 0, case.profile.num_gpus
     for _ in range(6 * count):
         if found == count:
             return
-        if near is not None and rng.random() < 0.6:
-            policy = _changed(rng, case, near)
+        close = near if near is not None and rng.random() < 0.6 else None
+        if close is not None:
+            gpus = close.gpus
         else:
-            policy = _any(rng, case)
-        policy = None if policy is None else _with_residents(rng, case, policy)
+            gpus = tuple(range(rng.randrange(1, several))) if fewer_gpus and several > 1 and rng.random() < 0.3 else ()
+        own = replace(case, profile=only_gpus(case.profile, gpus)) if gpus else case
+        policy = _any(rng, own) if close is None else _changed(rng, own, close)
+        policy = None if policy is None else _with_residents(rng, own, policy)
         if policy is not None:
             found += 1
-            yield policy
+            yield replace(policy, gpus=gpus)
 
 
 def _any(rng: Random, case: Case) -> Policy | None:
