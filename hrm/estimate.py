@@ -11,7 +11,7 @@ from hrm.hardware import HardwareProfile
 from hrm.latency import Latency
 from hrm.memory import MemoryPlan, fullest, plan_shares
 from hrm.model_spec import ModelSpec
-from hrm.parallel import Part, Share, shares_for
+from hrm.parallel import Part, Share, shares_for, used_of
 from hrm.phase_work import Turn
 from hrm.policy import PaperTuple, Parallelism, Policy
 from hrm.stage_run import PhaseEstimate, StageRun, phase_of_job, total
@@ -173,7 +173,7 @@ class Prospect:
         turns: tuple[Turn, ...] = (Turn(policy, 1.0),)
         if workload.num_requests is not None:
             pipeline = policy.parallelism is Parallelism.PIPELINE
-            turns = _turns(policy, requests, (len(policy.gpus) or profile.num_gpus) if pipeline else 1)
+            turns = _turns(policy, requests, used_of(profile, policy).num_gpus if pipeline else 1)
         known: dict[Hashable, StageRun] = {}
         self._runs: list[StageRun] = []
         for index, share in enumerate(self.shares):

@@ -1,4 +1,4 @@
-"""GPUs of one machine that are not all alike: what they have together, what each has at least, and shared links.
+"""Several GPUs of one machine, alike or not: what they or some have together, each at least, and shared links.
 
 Links that are all in use at once get equal parts of what they share, and what a slow one cannot use
 goes to the others.

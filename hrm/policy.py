@@ -69,8 +69,8 @@ class Policy:
     says which. Experts are counted as one GPU has them.
     In pipeline parallelism the policy is that of one stage: its layers, and one of the batches that
     are under way. With `stage_lengths` it is that of all stages, which have so many layers each, and
-    `resident_experts` are those of the whole model. `gpus` are the numbers of those that are used, in a
-    machine of unequal ones, some of which would only hold up the others; without it, all are.
+    `resident_experts` are those of the whole model. `gpus` are the numbers of those that are used,
+    where others would only hold these up, or the model cannot be divided by more; without it, all are.
     """
 
     schedule: ScheduleName = ScheduleName.CGOPIPE

@@ -10,6 +10,7 @@ from multiprocessing import get_context, resource_tracker
 from typing import TYPE_CHECKING, Any, Final
 
 from hrm.hardware import HardwareProfile
+from hrm.parallel import used_of
 from hrm.search import SearchResult, Space, search
 from hrm.search.result import no_advice
 
@@ -137,12 +138,11 @@ def plan_row(result: SearchResult) -> dict[str, Any]:
 def search_row(result: SearchResult, profile: HardwareProfile) -> dict[str, Any]:
     """A search as a row: `PLAN_COLUMNS`, the policy's six numbers, and how and how many GPUs share the work."""
     best = result.best
-    used = 0 if best is None else len(best.policy.gpus) or profile.num_gpus
-    several = best is not None and used > 1
+    used = 0 if best is None else used_of(profile, best.policy).num_gpus
     return {
-        "parallelism": best.policy.parallelism.value if best is not None and several else None,
-        "expert_division": best.policy.expert_division.value if best is not None and several else None,
-        "gpus_used": used if used < profile.num_gpus and best is not None else None,
+        "parallelism": best.policy.parallelism.value if best is not None and used > 1 else None,
+        "expert_division": best.policy.expert_division.value if best is not None and used > 1 else None,
+        "gpus_used": used if 0 < used < profile.num_gpus else None,
         "policy": None if best is None else str(best.paper_tuple),
         **plan_row(result),
     }

@@ -13,6 +13,7 @@ from hrm.hardware import HardwareProfile
 from hrm.layers import ExpertDivision
 from hrm.memory import LevelPlan
 from hrm.model_spec import ModelSpec
+from hrm.parallel import used_of
 from hrm.placement import experts_of_layers
 from hrm.policy import PAPER_SYMBOLS, Parallelism, Policy
 from hrm.ranges import ThroughputRange, throughput_range
@@ -174,7 +175,7 @@ def _print_policy(estimate: Estimate, spec: ModelSpec, workload: Workload, profi
     console.print(f"[bold]policy[/]  {PAPER_SYMBOLS} = {estimate.paper_tuple}, schedule {policy.schedule.value}")
     batches = f"{counted(policy.num_micro_batches, 'micro-batch')} of {policy.micro_batch_size}"
     console.print(f"  {counted(policy.batch_size, 'request')} a batch in {batches}")
-    num_gpus = len(policy.gpus) or profile.num_gpus
+    num_gpus = used_of(profile, policy).num_gpus
     if policy.gpus:
         console.print(f"  on {gpus_text(policy.gpus)} of {profile.num_gpus} GPUs: the others would make it no faster")
     if estimate.stages:

@@ -100,14 +100,14 @@ class WaySearch:
 
     def promise(self) -> float:
         """About the throughput that a search will find, by which it is decided what is searched first."""
-        return 0.0 if self.part is None or self.hopeless else rough(self.part) / self.handicap
+        return 0.0 if self.part is None or not self.is_searched else rough(self.part) / self.handicap
 
     def unless_far_behind(self, best: "WaySearch | None") -> "WaySearch":
-        """The same, not to be searched if what is to be expected is far below what was found in another way.
+        """The same; if it is of fewer GPUs, not to be searched if far less is to be expected than `best` does.
 
-        Of unequal GPUs too little is, as one stage stands for all.
+        Of unequal GPUs too little is expected, as one stage stands for all.
         """
-        if best is None or self.hopeless or self.part is None or self.whole.profile.gpus:
+        if not self.gpus or best is None or self.hopeless or self.part is None or self.whole.profile.gpus:
             return self
         most = rough(self.part, all_kinds=True) * _ROUGHLY
         return replace(self, far_behind=most < best.worth())

@@ -1,4 +1,4 @@
-"""The entrance of the search; of several GPUs it compares tensor parallelism, in two ways, and a pipeline."""
+"""The entrance of the search; it compares tensor parallelism, in two ways, and a pipeline, of all GPUs and of fewer."""
 
 import time
 from dataclasses import replace
@@ -72,9 +72,8 @@ def search(
 def _search(space: Space, gpus: tuple[int, ...], solver: Solver, best: WaySearch | None) -> list[WaySearch]:
     """All ways with these GPUs alone, or with all; `best` is the best of others."""
     alone = replace(space, profile=only_gpus(space.profile, gpus)) if gpus else space
-    ways = [without_hope(WaySearch.nothing_of(alone, *way, gpus=gpus), best) for way in ways_of(alone)]
-    if gpus:
-        ways = [way.unless_far_behind(best) for way in ways]
+    asked = [without_hope(WaySearch.nothing_of(alone, *way, gpus=gpus), best) for way in ways_of(alone)]
+    ways = [way.unless_far_behind(best) for way in asked]
     order = sorted(range(len(ways)), key=lambda index: -ways[index].promise()) if len(ways) > 1 else [0]
     for index in order:
         ways[index] = searched(ways[index], solver, best)

@@ -39,15 +39,17 @@ CARDS = [card("a", 2e6, 40e6), card("old", 1e6, 1e6), card("b", 1.5e6, 20e6), ca
 USED = (0, 2, 3)
 
 
+HOST = Host(
+    name="host",
+    level=level("cpu", 40e6),
+    staging=link("cpu", "cpu", 1e10, kind="staging"),
+    root_port_bytes_per_s=rate(1e12),
+    max_gpus=4,
+)
+
+
 def machine():
-    host = Host(
-        name="host",
-        level=level("cpu", 40e6),
-        staging=link("cpu", "cpu", 1e10, kind="staging"),
-        root_port_bytes_per_s=rate(1e12),
-        max_gpus=4,
-    )
-    return replace(assemble_all([(1, one) for one in CARDS], host), accelerator="emulated")
+    return replace(assemble_all([(1, one) for one in CARDS], HOST), accelerator="emulated")
 
 
 def policy_for(spec, **changes) -> PolicyFile:
@@ -156,14 +158,7 @@ def test_one_gpu_alone_is_run_in_one_process(spec):
 
 
 def test_fewer_of_equal_gpus_are_as_many_ranks(spec):
-    host = Host(
-        name="host",
-        level=level("cpu", 40e6),
-        staging=link("cpu", "cpu", 1e10, kind="staging"),
-        root_port_bytes_per_s=rate(1e12),
-        max_gpus=3,
-    )
-    three = replace(assemble_all([(3, CARDS[0])], host), accelerator="emulated")
+    three = replace(assemble_all([(3, CARDS[0])], HOST), accelerator="emulated")
     policy = policy_for(spec, parallelism=Parallelism.TENSOR, stage_lengths=(), gpus=(0, 1))
     files = files_of_ranks(replace(policy, profile=three))
     assert [one.model.ranks for one in files] == [2, 2]
